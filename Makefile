@@ -1,0 +1,59 @@
+# Two commands read the tutorial: `make tutorial` runs it and makes its pages, `make lab` opens it. `make help` lists all.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+SOURCES := $(NOTEBOOKS) $(wildcard notebooks/*.py data/checkpoints/* data/results/*) $(shell find karat_lite -name '*.py')
+
+.PHONY: help tutorial lab test notebooks address check clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make tutorial    install, run every notebook (smoke profile), write pages to build/index.html"
+	@echo "make lab         install, open JupyterLab in notebooks/ (ARGS='--no-browser --port 8899')"
+	@echo "make test        install, run every test (ARGS='-k fourier')"
+	@echo "make notebooks   run the notebooks in the reader profile and write their outputs into them (minutes)"
+	@echo "make address     write pyproject's Repository address into badges and bootstrap cells"
+	@echo "make check       check the rules for committed notebooks"
+	@echo "make clean       remove build/ and caches (the environment stays; remove it with rm -rf $(VENV))"
+
+# The stamp is removed first and written last: an interrupted installation is done again.
+$(INSTALLED): pyproject.toml .ci/constraints.txt .ci/ipywidgets7.txt
+	@rm -f $@
+	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) here: install Python 3.11 or newer."; exit 1; }
+	@$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 11); ok or print("$(PYTHON) is Python", sys.version.split()[0], \
+	  "but 3.11 or newer is needed: make PYTHON=python3.12"); sys.exit(not ok)'
+	@$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV)/: PyTorch makes it several gigabytes and a few minutes, once."
+	$(PY) -m pip install --disable-pip-version-check -c .ci/constraints.txt -e '.[lab,zoo,test]'
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(VENV)/ipywidgets7 -r .ci/ipywidgets7.txt
+	@touch $@
+
+tutorial: $(INSTALLED)
+	@if $(MAKE) --no-print-directory -q build/index.html; then echo "Nothing changed since the last run: open build/index.html"; \
+	else $(MAKE) --no-print-directory build/index.html; fi
+
+build/index.html: $(INSTALLED) $(SOURCES)
+	@$(PY) notebooks/build.py run --out build
+
+lab: $(INSTALLED)
+	cd notebooks && ../$(PY) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+test: $(INSTALLED)
+	$(PY) -m pytest $(ARGS)
+
+notebooks: $(INSTALLED)
+	@$(PY) notebooks/build.py commit $(ARGS)
+
+address: $(INSTALLED)
+	@$(PY) notebooks/build.py address
+
+check: $(INSTALLED)
+	@$(PY) notebooks/build.py check
+
+clean:
+	rm -rf build .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,80 @@
+"""What every notebook's first cells need: one set-up, and a check for exercises that never stops a run."""
+
+import random
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .checks import at_least, one_of
+from .training import pick_device
+
+PROFILES = ("smoke", "reader", "full")  # seconds; minutes on a CPU; a GPU
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a notebook runs with: its profile, its seed, and the device that was found."""
+
+    profile: str
+    seed: int
+    device: torch.device
+
+    def pick(self, *, smoke, reader, full):
+        """The value for this profile."""
+        return {"smoke": smoke, "reader": reader, "full": full}[self.profile]
+
+
+def setup(profile: str = "reader", seed: int = 0, device: str = "auto") -> Setup:
+    """Seed the random numbers, choose the device, make figures sharp; print one line that says what was chosen.
+
+    Raises `ValueError` for an unknown profile or a device that is not there.
+    """
+    chosen = Setup(one_of("profile", profile, PROFILES), at_least("seed", seed, 0), pick_device(device))
+    random.seed(chosen.seed)
+    np.random.seed(chosen.seed)  # noqa: NPY002 - libraries still draw from the old global generator
+    torch.manual_seed(chosen.seed)
+    _show_figures()
+    print(f"profile {chosen.profile}, seed {chosen.seed}, device {chosen.device}, torch {torch.__version__}")
+    return chosen
+
+
+def check(stub: Callable, test: Callable, hint: str | None = None) -> None:
+    """Try an exercise: `test(stub)` asserts what the answer must do. Prints one verdict and raises nothing."""
+    name = getattr(stub, "__name__", "this exercise")
+    try:
+        test(stub)
+    except Exception as error:  # noqa: BLE001 - a reader's mistake is an answer, not a stop
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        if isinstance(error, NotImplementedError) and (where.line or "raise").startswith("raise"):
+            print(f"not done yet: {name}")
+            return
+        said = " ".join(str(error).split())
+        if isinstance(error, AssertionError):
+            print(f"✗ not right yet: {said or where.line}")
+        else:
+            print(f"✗ {name} raised {type(error).__name__}: {said}\n  at `{where.line}`")
+        if hint:
+            print(f"  hint: {hint}")
+    else:
+        print(f"✓ correct: {name}")
+
+
+def _show_figures() -> None:
+    """In IPython, a figure at the end of a cell is shown as a PNG with two pixels for one, pyplot or not."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    shell = get_ipython()
+    if shell is None:
+        return
+    from IPython.core.pylabtools import select_figure_formats
+    from matplotlib_inline.config import InlineBackend
+
+    # In the backend's settings, so that pyplot, which sets formats when it is first imported, keeps them; and at once.
+    backend = InlineBackend.instance(parent=shell)
+    backend.figure_formats = {"retina"}
+    select_figure_formats(shell, backend.figure_formats, **backend.print_figure_kwargs)

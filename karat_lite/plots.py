@@ -1,0 +1,245 @@
+"""Figures from plain arrays: every function returns a `matplotlib.figure.Figure` and touches no global state.
+
+Arrays may be NumPy arrays, tensors (on any device, with or without a graph) or nested lists. Nothing goes through
+pyplot, so a figure is shown once, where it is returned, and callbacks in other threads may draw.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, NullLocator
+
+from .canvas import (
+    COLOURS,
+    FAINT,
+    INK,
+    LINES,
+    WIDTH,
+    as_array,
+    as_picture,
+    colour_bar,
+    colour_scale,
+    hang,
+    label_axes,
+    legend,
+    multiple_of_pi,
+    need_mapping,
+    sheet,
+    show_pixels,
+    stretch,
+    wall,
+)
+from .checks import at_least
+from .training import History
+
+GHOST = 0.4  # how much of the grey image shows through the colours laid over it
+
+
+def training_curves(histories: Mapping[str, History | Sequence[Mapping]]) -> Figure:
+    """Loss and test accuracy per epoch, one colour and line style a model; on the left, training losses are thin.
+
+    histories: name -> `History` or its list of records (epoch, train_loss, test_loss, test_accuracy, ...).
+    """
+    need_mapping("histories", histories)
+    figure, (loss, accuracy) = sheet(1, 2, (3.75, 2.8), margins=(0.65, 0.1, 0.55, 0.12), gaps=(0.75, 0))
+    for i, (name, history) in enumerate(histories.items()):
+        records = history.records if isinstance(history, History) else history
+        wanted = ("epoch", "train_loss", "test_loss", "test_accuracy")
+        if not records or any(key not in record for record in records for key in wanted):
+            raise ValueError(f"the history of {name!r} must hold at least one record with {', '.join(wanted)}.")
+        epoch, train, test, right = ([record[key] for record in records] for key in wanted)
+        right = [100 * share for share in right]
+        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)])
+        dot = dict(marker="o", markersize=3.5) if len(epoch) <= 20 else {}
+        loss.plot(epoch, train, linewidth=1, alpha=0.75, label=f"{name}, training", **style)
+        loss.plot(epoch, test, linewidth=2, label=f"{name}, test", **style, **dot)
+        accuracy.plot(epoch, right, linewidth=2, label=f"{name}: {right[-1]:.1f} % at the end", **style, **dot)
+    loss.set_ylim(bottom=0)
+    for axes, label, corner in ((loss, "cross-entropy (nats)", "upper"), (accuracy, "test accuracy (%)", "lower")):
+        label_axes(axes, "epoch", label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        legend(axes, loc=f"{corner} right")
+    return figure
+
+
+def twins_accuracy(results: Mapping) -> Figure:
+    """Test accuracy of every seed as a dot, and the mean of each model as a bar through its dots.
+
+    results: what `python -m karat_lite.train --results` wrote, or name -> accuracies in [0, 1].
+    """
+    need_mapping("results", results)
+    groups: dict[str, list] = {}
+    for run in results.get("runs", ()):
+        groups.setdefault(run["attention"], []).append(run["accuracy"])
+    groups = {name: as_array(f"accuracies of {name!r}", values, 1) for name, values in (groups or results).items()}
+    name_width = 0.25 + 0.085 * max(map(len, groups))
+    figure, (axes,) = sheet(1, 1, (4.5, 0.75 * len(groups)), margins=(name_width, 0.1, 0.55, 0.1))
+    for i, (name, values) in enumerate(groups.items()):
+        if values.min() < 0 or values.max() > 1:
+            raise ValueError(f"accuracies of {name!r} must lie in [0, 1], got {values.min():g} .. {values.max():g}.")
+        colour, mean = COLOURS[i % len(COLOURS)], 100 * values.mean()
+        spread = f" ± {100 * values.std(ddof=1):.2f}" if len(values) > 1 else ""
+        height = i + np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [i]
+        axes.plot([mean, mean], [i - 0.3, i + 0.3], color=colour, linewidth=2)
+        axes.plot(100 * values, height, "os^Dv"[i % 5], color=colour, markersize=7, markeredgecolor="white")
+        note = f"{mean:.2f}{spread} % ({len(values)} seed{'s' * (len(values) > 1)})"
+        axes.annotate(note, (mean, i - 0.34), ha="center", va="bottom", color=INK, fontsize=9)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_ylim(len(groups) - 0.5, -0.75)
+    axes.margins(x=0.25)
+    label_axes(axes, "test accuracy (%)", "")
+    return figure
+
+
+def images(images, titles: Sequence[str] | None = None, columns: int = 8) -> Figure:
+    """A gallery. images (n, 3, H, W), or a list of (3, H, W): float in [0, 1] or uint8; pixels stay square blocks."""
+    pictures = [as_picture(f"images[{i}]", image) for i, image in enumerate(images)]
+    columns = min(at_least("columns", columns, 1), len(pictures))
+    if not pictures or (titles is not None and len(titles) != len(pictures)):
+        raise ValueError(f"got {len(pictures)} images and {'no' if titles is None else len(titles)} titles: expected "
+                         "at least one image, and as many titles as images or none.")  # fmt: skip
+    rows = -(-len(pictures) // columns)
+    side = min(1.6, WIDTH / columns)
+    lines = 0 if titles is None else max(str(title).count("\n") + 1 for title in titles)
+    top = 0.06 + 0.2 * lines
+    figure, axes, places = wall(rows, columns, (side, side), margins=(0.02, 0.02, 0.02, top), gaps=(0.06, top))
+    for picture, title, place in zip(pictures, titles or [""] * len(pictures), places, strict=False):
+        hang(axes, picture, place, str(title))
+    return figure
+
+
+def matrices(matrices: Mapping, signed: bool | None = None) -> Figure:
+    """N x N scores or activated maps: title -> (N, N), side by side; or title -> (h, N, N), a row with its heads.
+
+    A title's heads share one colour bar. signed: a diverging map with white at 0; None takes it where values are
+    negative. Rows are query tokens k, columns key tokens q.
+    """
+    need_mapping("matrices", matrices)
+    stacks = {}
+    for title, values in matrices.items():
+        values = as_array(f"matrix {title!r}", values, (2, 3))
+        if values.shape[-1] != values.shape[-2]:
+            raise ValueError(f"matrix {title!r} must be (N, N) or (h, N, N), got shape {values.shape}.")
+        stacks[title] = values.reshape(-1, *values.shape[-2:])
+    heads = max(len(stack) for stack in stacks.values())
+    rows, columns = (len(stacks), heads) if heads > 1 else (1, len(stacks))
+    gap = 0.12 if heads > 1 else 1.1  # one bar at the end of a line of heads, or one behind each matrix
+    side = min(2.8, (WIDTH - 1.4 - gap * (columns - 1)) / columns)
+    figure, grid = sheet(rows, columns, (side, side), margins=(0.6, 0.8, 0.55, 0.3), gaps=(gap, 0.35))
+    for i, (title, stack) in enumerate(stacks.items()):
+        panels = grid[i * columns : (i + 1) * columns] if heads > 1 else grid[i : i + 1]
+        colours = colour_scale(stack, signed)
+        for head, axes in enumerate(panels):
+            if head >= len(stack):
+                axes.set_axis_off()
+                continue
+            show_pixels(axes, stack[head], cmap=colours.cmap, norm=colours.norm)
+            axes.set_title(f"{title}, head {head}" if len(stack) > 1 else title, fontsize=10, color=INK)
+            lowest, first = heads == 1 or i == rows - 1, head == 0  # the inner pictures share the outer ones' numbers
+            label_axes(axes, "key token q" if lowest else "", "query token k" if axes in grid[::columns] else "")
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True) if lowest else NullLocator())
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True) if first else NullLocator())
+        colour_bar(figure, colours, panels[-1].get_position().bounds, "")
+    return figure
+
+
+def attention_over_image(image, rows, grid: int | tuple[int, int], titles=None, signed: bool | None = None) -> Figure:
+    """The image, and for each head the class token's row over it: strong colour where the weight is large.
+
+    Args:
+        image: (3, H, W), float in [0, 1] or uint8.
+        rows: (h, n) or (n,): the row of the map at k = 0 without its own entry, `maps[0, :, 0, 1:]`; or model's name ->
+            such rows, one line of pictures a model. Each line has a colour scale of its own.
+        grid: patches per side, or (down, across); n = down * across.
+        titles: one for each head (default "head 0", ...).
+        signed: diverging colours, white (clear) at 0; None takes them where weights are negative.
+    """
+    picture = as_picture("image", image)
+    down, across = (grid, grid) if isinstance(grid, int) else grid
+    models = {}
+    for name, values in (rows if isinstance(rows, Mapping) else {"": rows}).items():
+        values = np.atleast_2d(as_array("rows" if name == "" else f"rows of {name!r}", values, (1, 2)))
+        if values.shape[1] != down * across:
+            own = " (take [..., 1:]: the class token's own entry is no patch)" * (values.shape[1] == down * across + 1)
+            raise ValueError(f"{values.shape[1]} weights a row do not fill a grid of {down} x {across} patches{own}.")
+        models[name] = values
+    need_mapping("rows", models)
+    heads = max(map(len, models.values()))
+    titles = [f"head {head}" for head in range(heads)] if titles is None else list(titles)
+    if len(titles) != heads:
+        raise ValueError(f"{len(titles)} titles for {heads} heads.")
+
+    side = min(2.0, (WIDTH - 1.2) / (heads + 1) - 0.06)
+    margins = (0.3 if any(models) else 0.05, 0.9, 0.08, 0.3)
+    figure, axes, places = wall(len(models), heads + 1, (side, side), margins, gaps=(0.06, 0.12))
+    grey = 0.3 + 0.7 * (picture @ np.array([0.299, 0.587, 0.114]))[..., None]  # how bright it looks, kept off black
+    for i, (name, values) in enumerate(models.items()):
+        line = places[i * (heads + 1) : (i + 1) * (heads + 1)]
+        colours = colour_scale(values, signed)
+        weights = colours.cmap(colours.norm(values.reshape(-1, down, across)))[..., :3]
+        over = [(1 - GHOST) * stretch(head, grey.shape) + GHOST * grey for head in weights]
+        for shown, title, place in zip([picture, *over], ["image", *titles], line, strict=False):
+            hang(axes, shown, place, title if i == 0 else "")
+        left, bottom, _, height = line[0]
+        middle = dict(rotation=90, ha="center", va="center", fontsize=10, color=INK)
+        axes.text(left / 2, bottom + height / 2, name, **middle)
+        colour_bar(figure, colours, line[-1], "weight of a patch")
+    return figure
+
+
+def learned_functions(x, curves, labels: Sequence[str] | None = None, title: str = "", scores=None) -> Figure:
+    """Learned functions phi_pq(x) of one head: those with a label stand out, the others are thin lines behind them.
+
+    Args:
+        x: (n,) scores at which the curves are given.
+        curves: one or more arrays (n,).
+        labels: one for each curve, "" for a thin line; None makes all of them thin.
+        scores: where the scores of real images fall, any shape: their histogram stands below, and the range that holds
+            99 % of them is white in the picture. Outside it the function was hardly ever asked.
+    """
+    x = as_array("x", x, 1)
+    if len(x) < 2 or (np.diff(x) <= 0).any():
+        raise ValueError("x must hold at least two scores in rising order, such as torch.linspace(-3, 3, 300).")
+    curves = [as_array(f"curves[{i}]", curve, 1) for i, curve in enumerate(curves)]
+    labels = [""] * len(curves) if labels is None else list(labels)
+    if not curves or len(labels) != len(curves) or any(len(curve) != len(x) for curve in curves):
+        raise ValueError(
+            f"expected at least one curve, each with the {len(x)} points of x, and a label for each: got "
+            f"{len(curves)} curves of {sorted({len(curve) for curve in curves})} points and {len(labels)} labels."
+        )
+    if scores is None:
+        figure, (axes,) = sheet(1, 1, (6, 2.8), margins=(0.7, 0.15, 0.55, 0.35))
+        below = axes
+    else:
+        figure, (axes, below) = sheet(2, 1, (6, (2.8, 0.65)), margins=(0.7, 0.15, 0.55, 0.35), gaps=(0, 0.12))
+        below.sharex(axes)
+        axes.tick_params(labelbottom=False)
+        scores = as_array("scores", scores, None).ravel()
+        low, high = np.quantile(scores, (0.005, 0.995))
+        axes.set_facecolor("#ececec")
+        axes.axvspan(low, high, color="white", zorder=0)
+        counts, edges = np.histogram(scores, bins=60, range=(x[0], x[-1]))
+        below.stairs(100 * counts / len(scores), edges, fill=True, color="#7a7a7a")
+        label_axes(below, "", "scores (%)")
+        below.yaxis.set_major_locator(MaxNLocator(2))
+    axes.axhline(0, color=INK, linewidth=0.8)
+    shown = 0
+    for curve, label in zip(curves, labels, strict=True):
+        if not label:
+            axes.plot(x, curve, color=FAINT, linewidth=0.8, zorder=1.5)
+            continue
+        style = dict(color=COLOURS[shown % len(COLOURS)], linestyle=LINES[shown % len(LINES)])
+        axes.plot(x, curve, linewidth=2.2, label=label, **style)
+        shown += 1
+    if shown:  # above the lines, where it hides none
+        legend(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=shown, frameon=False, borderaxespad=0.1)
+    label_axes(axes, "", r"$\phi_{pq}$(score)")
+    label_axes(below, "score $S_{kq}$", below.get_ylabel())
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xlim(x[0], x[-1])
+    turns = (x[-1] - x[0]) / (2 * np.pi)
+    if 0.9 <= turns <= 5:  # a Fourier unit repeats after 2 pi: let the ticks show it
+        below.xaxis.set_major_locator(MultipleLocator(np.pi / 2 if turns < 1.6 else np.pi))
+        below.xaxis.set_major_formatter(FuncFormatter(multiple_of_pi))
+    return figure

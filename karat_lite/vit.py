@@ -1,0 +1,227 @@
+"""A Vision Transformer that reads like its figure: patches, class token, positions, L blocks, a head.
+
+Parameters are named as in timm, so that a timm ViT's weights load name by name.
+"""
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from .attention import MultiHeadAttention
+from .bases import LinearBasis, make_basis
+from .checks import at_least, divides, one_of
+from .operators import KArAtOperator
+
+# pico is ours: small enough to train in a minute on a laptop. The others are the usual ViT sizes (paper, section 2).
+# Positions usually start at standard deviation 0.02. In pico they start as large as embedded patches: a small softmax
+# model then finds out where things are in a few epochs instead of twenty.
+SIZES = {
+    "vit_pico": dict(dim=64, depth=4, num_heads=4, pos_std=0.2),
+    "vit_tiny": dict(dim=192, depth=12, num_heads=3, pos_std=0.02),
+    "vit_small": dict(dim=384, depth=12, num_heads=6, pos_std=0.02),
+    "vit_base": dict(dim=768, depth=12, num_heads=12, pos_std=0.02),
+}
+OVERRIDES = ("dim", "depth", "num_heads", "in_chans")
+ATTENTIONS = ("softmax", "karat")
+MODES = ("blockwise", "universal")
+
+
+class PatchEmbed(nn.Module):
+    """Cut the image in P x P patches and embed each one: (B, 3, H, W) -> (B, n, dim)."""
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.proj(x), "B dim H W -> B (H W) dim")
+
+
+class Mlp(nn.Module):
+    """dim -> 4 dim -> dim with a GELU between, on every token alone."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One encoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = MultiHeadAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor, return_attention: bool = False):
+        attended = self.attn(self.norm1(x), return_attention)
+        attended, record = attended if return_attention else (attended, None)
+        x = x + attended
+        x = x + self.mlp(self.norm2(x))
+        return (x, record) if return_attention else x
+
+
+class VisionTransformer(nn.Module):
+    """images (B, 3, H, W) -> logits (B, num_classes), with softmax attention.
+
+    Build it with `create_model`, which checks its arguments, may put another activation in and remembers the `config`.
+    """
+
+    def __init__(self, dim, depth, num_heads, img_size, patch_size, num_classes, in_chans=3, pos_std=0.02):
+        super().__init__()
+        n = (img_size // patch_size) ** 2
+        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + n, dim))
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+        self.config: dict = {}
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=pos_std)
+        nn.init.normal_(self.cls_token, std=1e-6)
+
+    def forward(self, x: Tensor, return_attention: bool = False):
+        """x (B, in_chans, H, W), finite -> logits; with `return_attention` also an `AttentionRecord` for every block.
+
+        Token 0 is the class token; tokens 1 .. n are the patches, row by row. Raises `ValueError` for another size or
+        channel count, or images that are not finite.
+        """
+        self._check_images(x)
+        tokens = self.patch_embed(x)  # (B, n, dim)
+        cls = repeat(self.cls_token, "1 1 dim -> B 1 dim", B=x.shape[0])
+        tokens = torch.cat([cls, tokens], dim=1) + self.pos_embed  # (B, N, dim), N = 1 + n
+        records = []
+        for block in self.blocks:
+            tokens = block(tokens, return_attention)
+            if return_attention:
+                tokens, record = tokens
+                records.append(record)
+        logits = self.head(self.norm(tokens)[:, 0])
+        return (logits, records) if return_attention else logits
+
+    def operators(self) -> list[KArAtOperator]:
+        """The KArAt operators, block by block (universal mode: the same object every time); empty for softmax."""
+        found = (block.attn.activation for block in self.blocks)
+        return [activation for activation in found if isinstance(activation, KArAtOperator)]
+
+    def _check_images(self, x: Tensor) -> None:
+        expected = (self.in_chans, self.img_size, self.img_size)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(
+                f"this model takes images of shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}: resize "
+                "the images (load_dataset(..., img_size=...)) or build the model with their img_size."
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"images must be floating point, got {x.dtype}: karat_lite.data.normalise(images) makes them."
+            )
+        # A sum is finite only if (barring overflow) every term is; one number to look at instead of a mask of booleans.
+        if not torch.compiler.is_compiling() and not x.sum().isfinite() and not x.isfinite().all():
+            bad = (~x.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+            raise ValueError(
+                f"images must be finite: NaN or infinity in {len(bad)} of {len(x)} images (first: {bad[0]})."
+            )
+
+
+def create_model(
+    name: str,
+    attention: str = "karat",
+    mode: str = "blockwise",
+    grid: int = 3,
+    rank: int | None = 12,
+    basis: str | LinearBasis = "fourier",
+    img_size: int = 224,
+    patch_size: int = 16,
+    num_classes: int = 10,
+    init: str = "variance",
+    edge_scales: bool = False,
+    **overrides,
+) -> VisionTransformer:
+    """Build a Vision Transformer with softmax or Kolmogorov-Arnold attention.
+
+    Args:
+        name: "vit_pico" | "vit_tiny" | "vit_small" | "vit_base".
+        attention: "karat" | "softmax". A softmax model has no operator, so the operator's arguments play no part in it:
+            twins are built by two calls that differ in this word alone.
+        mode: "blockwise", every block has its own h operators (the paper's GnB), or "universal", all share h (GnU).
+        grid, rank, basis, init, edge_scales: see `KArAtOperator`; rank=None is full rank.
+        img_size, patch_size: pixels; N = 1 + (img_size / patch_size)^2 tokens.
+        overrides: dim, depth, num_heads, in_chans, to depart from the named size.
+
+    Returns the model; `model.config` holds every argument, so `create_model(**model.config)` builds its like.
+    Raises `ValueError`/`TypeError` naming what does not fit.
+    """
+    size = dict(SIZES[one_of("model", name, SIZES)])
+    for key, value in overrides.items():
+        size[one_of("model option", key, OVERRIDES)] = at_least(key, value, 1)
+    one_of("attention", attention, ATTENTIONS)
+    one_of("mode", mode, MODES)
+    at_least("num_classes", num_classes, 1)
+    divides("patch_size", at_least("patch_size", patch_size, 1), "img_size", at_least("img_size", img_size, 1))
+    divides("num_heads", size["num_heads"], "dim", size["dim"])
+
+    model = VisionTransformer(**size, img_size=img_size, patch_size=patch_size, num_classes=num_classes)
+    model.config = dict(
+        name=name, attention=attention, img_size=img_size, patch_size=patch_size, num_classes=num_classes
+    )
+    model.config.update(overrides)
+    if attention == "karat":
+        # The operator goes in after the body has drawn its random numbers: with one seed, twins start from the same
+        # weights everywhere else.
+        basis = make_basis(basis, grid)
+        args = dict(basis=basis, rank=rank, init=init, edge_scales=edge_scales)
+        operator = KArAtOperator(size["num_heads"], model.pos_embed.shape[1], **args)
+        for i, block in enumerate(model.blocks):
+            shared = i == 0 or mode == "universal"
+            block.attn.activation = (
+                operator if shared else KArAtOperator(operator.num_heads, operator.num_tokens, **args)
+            )
+        model.config.update(args, basis=basis.name, grid=basis.grid, mode=mode)
+    return model
+
+
+def load_timm_weights(model: VisionTransformer, source: nn.Module) -> list[str]:
+    """Copy the weights of a timm `VisionTransformer` of the same size into `model`; return the names it left alone.
+
+    What timm has no counterpart for stays as it is: the KArAt operators, and the head where the class counts differ.
+    Raises `ValueError` when any other tensor is missing or of another shape; then nothing is copied.
+    """
+    ours, theirs = model.state_dict(), source.state_dict()
+    kept = [key for key in ours if ".attn.activation." in key]
+    if theirs.get("head.weight") is None or theirs["head.weight"].shape != ours["head.weight"].shape:
+        kept += ["head.weight", "head.bias"]
+    taken = [key for key in ours if key not in kept]
+    bad = [key for key in taken if key not in theirs or theirs[key].shape != ours[key].shape]
+    if bad:
+        found = tuple(theirs[bad[0]].shape) if bad[0] in theirs else "nothing"
+        raise ValueError(
+            f"{len(bad)} tensors of this {type(source).__name__} do not fit, first {bad[0]}: expected "
+            f"{tuple(ours[bad[0]].shape)}, found {found}. Build both with the same size, img_size and patch_size."
+        )
+    unknown = [key for key in theirs if key not in ours and not key.startswith("head.")]
+    if unknown:
+        raise ValueError(
+            f"this {type(source).__name__} has parts a plain ViT lacks, such as {unknown[0]}: its outputs would differ."
+        )
+    mine, its = model.blocks[0].attn.num_heads, source.blocks[0].attn.num_heads
+    if mine != its:  # the tensors have the same shapes, the function is another
+        raise ValueError(
+            f"this {type(source).__name__} has num_heads = {its}, the model {mine}: build it with num_heads={its}."
+        )
+    if getattr(source, "global_pool", "token") != "token":
+        raise ValueError(
+            f"this {type(source).__name__} pools by {source.global_pool!r}, the model reads its class token: "
+            "build the source with global_pool='token'."
+        )
+    model.load_state_dict({key: theirs[key] for key in taken}, strict=False)
+    return kept

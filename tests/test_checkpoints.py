@@ -1,0 +1,207 @@
+"""Checkpoints: what was saved comes back bit for bit, or one sentence says why not; files are whole or absent."""
+
+import json
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+import karat_lite as kl
+from karat_lite import checkpoints
+
+
+def pico(attention="karat", seed=0, **options):
+    torch.manual_seed(seed)
+    return kl.create_model("vit_pico", attention, **{**dict(img_size=8, patch_size=2, depth=2, dim=16), **options})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The path of a checkpoint, saved."""
+    return kl.save_checkpoint(tmp_path / "model.safetensors", pico(), {"data": "digits", "seed": 3})
+
+
+def same(model, other) -> bool:
+    ours, theirs = model.state_dict(), other.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# ---- there and back -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(attention="softmax"),
+        dict(mode="blockwise"),
+        dict(mode="universal", edge_scales=True),
+        dict(rank=None, grid=1, init="paper", num_classes=4, in_chans=1),
+    ],
+)
+def test_round_trip_is_bit_equal(options, tmp_path):
+    model = pico(**options)
+    path = kl.save_checkpoint(tmp_path / "new" / "model.safetensors", model, {"data": "digits", "seed": 3})
+    built, card = kl.load_checkpoint(path)
+    assert same(built, model) and built.config == model.config == card["config"] and not built.training
+    assert card["data"] == "digits" and card["seed"] == 3 and card["versions"]["torch"] == torch.__version__
+    given = pico(seed=1, **options)
+    assert not same(given, model)
+    returned, _ = kl.load_checkpoint(str(path), given)
+    assert returned is given and same(given, model)
+    images = torch.randn(2, *(model.in_chans, 8, 8))
+    assert torch.equal(model.eval()(images), built(images))
+
+
+def test_the_card_is_inside_the_file_and_beside_it(saved):
+    with safe_open(saved, framework="pt") as opened:
+        inside = json.loads(opened.metadata()["karat_lite"])
+    assert json.loads(saved.with_suffix(".json").read_text()) == inside
+    saved.with_suffix(".json").unlink()  # the copy is for people: loading does not need it
+    assert kl.load_checkpoint(saved)[1] == inside
+
+
+def test_a_universal_operator_is_stored_once_and_shared_again(tmp_path):
+    for mode, copies in (("universal", 1), ("blockwise", 2)):
+        path = kl.save_checkpoint(tmp_path / f"{mode}.safetensors", pico(mode=mode))
+        with safe_open(path, framework="pt") as opened:
+            assert sum(name.endswith("activation.coef") for name in opened.keys()) == copies  # noqa: SIM118
+        first, second = kl.load_checkpoint(path)[0].operators()
+        assert (first is second) == (mode == "universal")
+
+
+# ---- what cannot be loaded ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        (dict(grid=5), "grid: model 5, checkpoint 3"),
+        (dict(attention="softmax"), "attention: model 'softmax', checkpoint 'karat'"),
+        (dict(mode="universal"), "mode: model 'universal', checkpoint 'blockwise'"),
+        (dict(depth=1), "depth: model 1, checkpoint 2"),
+        (dict(edge_scales=True), "edge_scales: model True, checkpoint False"),
+    ],
+)
+def test_another_configuration_is_named(saved, other, said):
+    model, untouched = pico(**other), pico(**other)
+    with pytest.raises(ValueError, match=f"model.safetensors holds another configuration .*{said}.*without `model`"):
+        kl.load_checkpoint(saved, model)
+    assert same(model, untouched)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 200, -1])
+def test_a_truncated_file_is_refused(saved, keep):
+    saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(
+        ValueError, match="model.safetensors is damaged or is no safetensors file .*: train or fetch it"
+    ):
+        kl.load_checkpoint(saved)
+
+
+def test_a_pickle_is_refused_and_never_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (tmp_path / "executed").touch, ()
+
+    for name, content in (("plain.safetensors", pickle.dumps(Bomb())), ("text.safetensors", b"hello " * 50)):
+        (tmp_path / name).write_bytes(content)
+    torch.save({"x": Bomb()}, tmp_path / "torch.safetensors")
+    for name in ("plain", "text", "torch"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors is damaged or is no safetensors file"):
+            kl.load_checkpoint(tmp_path / f"{name}.safetensors")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_file_without_a_card_is_refused(tmp_path):
+    path = tmp_path / "bare.safetensors"
+    safetensors.torch.save_file(pico().state_dict(), path)
+    with pytest.raises(ValueError, match="bare.safetensors has no KArAt-lite card: load bare weights with"):
+        kl.load_checkpoint(path)
+
+
+def test_weights_that_do_not_match_their_card_are_refused(tmp_path):
+    path = tmp_path / "odd.safetensors"
+    card = json.dumps({"config": pico().config})
+    safetensors.torch.save_file(pico(grid=5).state_dict(), path, metadata={"karat_lite": card})
+    with pytest.raises(
+        ValueError, match="weights in .*odd.safetensors are not those of its card: train or fetch it again"
+    ):
+        kl.load_checkpoint(path)
+    safetensors.torch.save_file(pico().state_dict(), path, metadata={"karat_lite": "no JSON"})
+    with pytest.raises(ValueError, match="the card in .*odd.safetensors is damaged"):
+        kl.load_checkpoint(path)
+
+
+def test_paths_and_names_that_are_not_there(tmp_path, monkeypatch):
+    with pytest.raises(
+        FileNotFoundError, match="no checkpoint at .*nowhere.safetensors: give the path of a .safetensors"
+    ):
+        kl.load_checkpoint(tmp_path / "nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        kl.load_checkpoint(tmp_path)  # a folder
+    monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path)
+    kl.save_checkpoint(tmp_path / "digits_karat.safetensors", pico(), {"data": "digits"})
+    assert kl.available_checkpoints() == ["digits_karat"]
+    assert kl.load_checkpoint("digits_karat")[1]["data"] == "digits"
+    with pytest.raises(FileNotFoundError, match="unknown checkpoint 'digit_karat': did you mean 'digits_karat'?"):
+        kl.load_checkpoint("digit_karat")
+
+
+def test_only_safetensors_are_written(tmp_path):
+    with pytest.raises(ValueError, match="ends in .safetensors, got 'model.pt'"):
+        kl.save_checkpoint(tmp_path / "model.pt", pico())
+    assert not list(tmp_path.iterdir())
+
+
+# ---- whole or not at all --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trouble", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("former", [True, False])
+def test_a_save_that_fails_midway_leaves_what_was_there(tmp_path, monkeypatch, trouble, former):
+    path = tmp_path / "model.safetensors"
+    if former:
+        kl.save_checkpoint(path, pico(), {"seed": 0})
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def half(model, filename, metadata=None):
+        with open(filename, "wb") as opened:
+            opened.write(b"half of it")
+        raise trouble
+
+    monkeypatch.setattr(safetensors.torch, "save_model", half)
+    with pytest.raises(type(trouble)):
+        kl.save_checkpoint(path, pico(seed=1), {"seed": 1})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before  # nor is a .part file left
+    assert not former or same(kl.load_checkpoint(path)[0], pico())
+
+
+def test_a_card_that_json_cannot_say_writes_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        kl.save_checkpoint(tmp_path / "model.safetensors", pico(), {"data": object()})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_leaves_two_files(saved):
+    assert sorted(file.name for file in saved.parent.iterdir()) == ["model.json", "model.safetensors"]
+
+
+# ---- the committed ones ---------------------------------------------------------------------------------------------
+
+
+def test_twins_are_committed():
+    assert {"digits_karat", "digits_softmax", "shapes_karat", "shapes_softmax"} <= set(kl.available_checkpoints())
+
+
+@pytest.mark.parametrize("name", kl.available_checkpoints())
+def test_a_committed_checkpoint_has_the_accuracy_on_its_card(name):
+    model, card = kl.load_checkpoint(name)
+    test_data = kl.load_dataset(card["data"], "test", img_size=card["config"]["img_size"])
+    score, metrics = kl.evaluate(model, test_data, "cpu", batch_size=32), card["metrics"]
+    assert score["accuracy"] == pytest.approx(metrics["test_accuracy"], abs=1e-6)
+    assert score["loss"] == pytest.approx(metrics["test_loss"], rel=1e-4)  # notices a change of the images, too
+    assert metrics["epoch"] == card["recipe"]["epochs"], "the training was not finished"
+    beside = (checkpoints.CHECKPOINTS / f"{name}.json").read_text()
+    assert json.loads(beside) == card and card["seed"] >= 0 and card["command"].startswith("python -m karat_lite.train")

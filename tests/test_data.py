@@ -1,0 +1,138 @@
+"""Datasets: the same images every time, parts kept apart, values in the models' range; and one's own folders."""
+
+import hashlib
+from collections import Counter
+
+import pytest
+import torch
+from pictures import COLOURS, write_folder
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import karat_lite as kl
+from karat_lite.data import normalise, to_unit
+
+
+def rows(images) -> Counter:
+    return Counter(image.numpy().tobytes() for image in images)
+
+
+# ---- digits ---------------------------------------------------------------------------------------------------------
+
+
+def test_digits_split_is_fixed_disjoint_and_stratified():
+    train, test = kl.load_dataset("digits", "train"), kl.load_dataset("digits", "test")
+    assert (len(train), len(test)) == (1437, 360)
+    source = load_digits()
+    whole = (torch.from_numpy(source.images) * 255 / 16).round().to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    assert rows(train.images) + rows(test.images) == rows(whole.contiguous())  # every image once, in one part
+    for label, total in Counter(source.target.tolist()).items():
+        assert abs((test.labels == label).sum().item() - total / 5) < 1
+    # The committed checkpoints were trained on one part and are scored on the other: it may never move.
+    assert hashlib.sha256(test.labels.numpy().tobytes()).hexdigest()[:12] == "4493b2052e7b"
+    assert hashlib.sha256(test.images.numpy().tobytes()).hexdigest()[:12] == "39be39936ac9"
+
+
+def test_digits_are_tensors_in_range_with_labels():
+    data = kl.load_dataset("digits", "train")
+    image, label = data[0]
+    assert image.shape == (3, 8, 8) and image.dtype == torch.float32
+    assert data.img_size == 8 and data.classes == tuple("0123456789")
+    assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])  # grey
+    everything, labels = data[:]
+    assert everything.min() == -1 and everything.max() == 1
+    assert label == labels[0] and label.dtype == torch.int64
+
+
+def test_digits_at_another_size():
+    small, large = kl.load_dataset("digits", "test"), kl.load_dataset("digits", "test", img_size=16)
+    assert large[0][0].shape == (3, 16, 16) and large.img_size == 16
+    assert torch.equal(small.labels, large.labels)
+    again = torch.nn.functional.avg_pool2d(large[:][0], 2)
+    assert (again - small[:][0]).abs().mean() < 0.15  # blurred a little, the same pictures
+
+
+@pytest.mark.parametrize("name, split", [("digits", "train"), ("digits", "test"), ("shapes", "train")])
+def test_a_limit_takes_the_first_of_a_mixed_order(name, split):
+    few, more = (kl.load_dataset(name, split, limit=limit) for limit in (60, 90))
+    assert (len(few), len(more)) == (60, 90)
+    assert torch.equal(few.images, more.images[:60]) and torch.equal(few.labels, more.labels[:60])
+    assert len(set(few.labels.tolist())) == len(few.classes)
+
+
+# ---- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_parts_are_drawn_from_different_seeds():
+    train, test = (kl.load_dataset("shapes", split, limit=100) for split in ("train", "test"))
+    assert not rows(train.images) & rows(test.images)
+    assert train.images.shape == (100, 3, 32, 32) and train.masks.shape == (100, 32, 32)
+    assert len(train.classes) >= 8 and train.classes == test.classes
+
+
+def test_shapes_at_another_size_are_the_same_scenes():
+    small, large = (kl.load_dataset("shapes", "test", img_size=size, limit=50) for size in (32, 64))
+    assert torch.equal(small.labels, large.labels) and large[0][0].shape == (3, 64, 64)
+    pooled = torch.nn.functional.avg_pool2d(large.masks[:, None].float(), 2)[:, 0]
+    assert (pooled - small.masks.float()).abs().mean() < 0.03
+
+
+# ---- image folders --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_images(tmp_path):
+    root = write_folder(tmp_path / "colours", size=(12, 9))
+    train, test = (kl.load_dataset(root, split) for split in ("train", "test"))
+    assert train.name == "colours" and train.classes == test.classes == tuple(COLOURS)
+    assert len(train) == len(test) == 12 and train.img_size == 9  # the shorter side
+    for images, labels in (train[:], test[:]):
+        assert images.dtype == torch.float32 and -1 <= images.min() < images.max() <= 1
+        assert sorted(labels.tolist()) == [0] * 4 + [1] * 4 + [2] * 4 != labels.tolist()
+        strongest = images.mean(dim=(2, 3)).argmax(dim=1)  # of red, green, blue
+        assert torch.equal(strongest, 2 - labels)  # blue, green, red
+    assert kl.load_dataset(str(root), "test", img_size=5)[0][0].shape == (3, 5, 5)
+    few = kl.load_dataset(root, "train", limit=5)
+    assert torch.equal(few.images, train.images[:5]) and torch.equal(few.labels, train.labels[:5])
+
+
+def test_a_folder_image_is_cropped_at_its_centre(tmp_path):
+    """Twice as wide as high: the middle half stays, its left and right quarters go."""
+    for name in ("a", "b"):
+        picture = Image.new("RGB", (32, 16), (255, 0, 0))
+        picture.paste((0, 0, 255), (8, 0, 24, 16))
+        (tmp_path / "train" / name).mkdir(parents=True)
+        picture.save(tmp_path / "train" / name / "0.png")
+    images = kl.load_dataset(tmp_path, "train", img_size=16).images
+    assert torch.equal(images, torch.tensor([0, 0, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 16, 16))
+
+
+def test_grey_and_transparent_images_become_rgb_and_other_files_are_passed_over(tmp_path):
+    root = write_folder(tmp_path, count=1)
+    Image.new("L", (8, 8), 200).save(root / "train" / "red" / "grey.jpg", quality=100)
+    Image.new("RGBA", (8, 8), (1, 2, 3, 255)).save(root / "train" / "red" / "deeper.PNG")
+    (root / "train" / "red" / "deep").mkdir()
+    (root / "train" / "red" / "deeper.PNG").rename(root / "train" / "red" / "deep" / "deeper.PNG")
+    (root / "train" / "red" / "notes.txt").write_text("not an image")
+    (root / "train" / "red" / "._0.png").write_text("another program's note")
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    data = kl.load_dataset(root, "train")
+    assert data.classes == tuple(COLOURS) and data.images.shape == (5, 3, 8, 8)
+    assert {(200, 200, 200), (1, 2, 3)} <= {tuple(image[:, 0, 0].tolist()) for image in data.images}
+
+
+def test_val_stands_in_for_test(tmp_path):
+    root = write_folder(tmp_path, parts=("train", "val"))
+    held_out = kl.load_dataset(root, "test")
+    assert len(held_out) == 12
+    write_folder(tmp_path, parts=("test",), count=2)
+    assert len(kl.load_dataset(root, "test")) == 6  # test goes before val
+
+
+# ---- range ----------------------------------------------------------------------------------------------------------
+
+
+def test_to_unit_undoes_normalise():
+    levels = torch.arange(256, dtype=torch.uint8)
+    values = normalise(levels)
+    assert values[0] == -1 and values[-1] == 1
+    torch.testing.assert_close(to_unit(values), levels / 255)

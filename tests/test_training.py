@@ -1,0 +1,311 @@
+"""Training: it learns, it repeats, it keeps what it has when something goes wrong; and the command line does it all."""
+
+import dataclasses
+import json
+import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import write_folder
+
+import karat_lite as kl
+from karat_lite.training import History, learning_rate, parameter_groups, pick_device
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = kl.Recipe(epochs=4, batch_size=32, lr=2e-3, warmup_epochs=1.0)
+STEPS = 8  # of an epoch: 256 images
+COLUMNS = ["epoch", "lr", "train_loss", "test_loss", "test_accuracy", "seconds"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return kl.load_dataset("digits", "train", limit=32 * STEPS), kl.load_dataset("digits", "test", limit=100)
+
+
+def pico(attention="karat", seed=0, **options):
+    torch.manual_seed(seed)
+    options = {**dict(img_size=8, patch_size=2, depth=1, dim=16, num_heads=2, rank=4), **options}
+    return kl.create_model("vit_pico", attention, **options)
+
+
+def train(model, data, recipe=QUICK, **options):
+    return kl.train(model, *data, recipe, **{**dict(device="cpu", progress=False), **options})
+
+
+# ---- learning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["softmax", "karat"])
+def test_a_training_learns_and_writes_its_history(attention, digits, tmp_path):
+    model = pico(attention, dim=32)
+    history = train(
+        model, digits, dataclasses.replace(QUICK, epochs=10, lr=1e-2), out=tmp_path, card={"note": "a test"}
+    )
+    assert history.column("epoch") == list(range(1, 11)) and [list(r) for r in history.records] == [COLUMNS] * 10
+    loss, accuracy = history.column("train_loss"), history.column("test_accuracy")
+    assert loss[-1] < loss[0] - 0.5 and history.column("test_loss")[-1] < history.column("test_loss")[0] - 0.3
+    assert accuracy[-1] > 0.3 and min(history.column("seconds")) > 0
+    assert not model.training
+    assert History.load(tmp_path / "history.json") == history
+    reloaded, card = kl.load_checkpoint(tmp_path / "model.safetensors")
+    assert card["metrics"] == history.records[-1] and card["note"] == "a test" and card["seed"] == 0
+    assert card["data"] == "digits" and card["recipe"]["epochs"] == 10
+    score = kl.evaluate(reloaded, digits[1], "cpu")
+    assert (score["loss"], score["accuracy"]) == (history.column("test_loss")[-1], accuracy[-1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.json", "model.json", "model.safetensors"]
+
+
+def test_an_unknown_history_column_is_named(digits):
+    history = train(pico(), digits, dataclasses.replace(QUICK, epochs=1))
+    with pytest.raises(ValueError, match="unknown history column 'test_acuracy': did you mean 'test_accuracy'"):
+        history.column("test_acuracy")
+
+
+def test_evaluate_against_sums_by_hand(digits):
+    model, data = pico().eval(), digits[1]
+    with torch.no_grad():
+        log_p = model(data[:][0]).log_softmax(dim=1)
+    score = kl.evaluate(model, data, "cpu", batch_size=33)  # the last batch is smaller
+    assert score["loss"] == pytest.approx(-log_p[torch.arange(100), data.labels].mean().item(), rel=1e-5)
+    assert score["accuracy"] == (log_p.argmax(dim=1) == data.labels).double().mean().item()
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(digits):
+    def weights(initial, seed):
+        model = pico(seed=initial)
+        torch.rand(7)  # a training draws nothing from the global generator
+        train(model, digits, dataclasses.replace(QUICK, epochs=2), seed=seed)
+        return torch.cat([value.flatten() for value in model.state_dict().values()])
+
+    first = weights(0, 0)
+    assert torch.equal(first, weights(0, 0))
+    assert not torch.equal(first, weights(0, 1)), "the order of batches does not depend on the seed"
+    assert not torch.equal(first, weights(1, 0)), "initial weights do not depend on torch's seed"
+
+
+# ---- the optimiser's settings ---------------------------------------------------------------------------------------
+
+
+def test_learning_rate_at_given_steps():
+    """10 steps, 4 of them warm-up, from a peak of 1 to 0.1: 0.55 is half way down."""
+    recipe = kl.Recipe(lr=1.0, min_lr=0.1)
+    expected = {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 6: 0.1 + 0.45 * 1.5, 7: 0.55, 8: 0.1 + 0.45 * 0.5, 10: 0.1}
+    for step, lr in expected.items():
+        assert learning_rate(step, 10, 4, recipe) == pytest.approx(lr, rel=1e-12), step
+
+
+def test_a_training_follows_the_schedule(digits):
+    """The history names the rate at the end of each epoch: the peak after warm-up, the half, the end of the cosine."""
+    history = train(pico(), digits, dataclasses.replace(QUICK, epochs=3, lr=1e-3, min_lr=1e-4))
+    assert history.column("lr") == pytest.approx([1e-3, 5.5e-4, 1e-4], rel=1e-9)
+
+
+def test_what_decays_and_what_does_not():
+    model = pico(edge_scales=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, kept = parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
+    assert {names[id(parameter)] for parameter in decayed["params"]} == {
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.attn.activation.coef",
+        "blocks.0.attn.activation.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+        "head.weight",
+    }
+    assert {names[id(parameter)] for parameter in kept["params"]} == {
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.bias",
+        "blocks.0.norm1.weight",
+        "blocks.0.norm1.bias",
+        "blocks.0.attn.qkv.bias",
+        "blocks.0.attn.proj.bias",
+        "blocks.0.attn.activation.w_b",
+        "blocks.0.attn.activation.w_s",
+        "blocks.0.norm2.weight",
+        "blocks.0.norm2.bias",
+        "blocks.0.mlp.fc1.bias",
+        "blocks.0.mlp.fc2.bias",
+        "norm.weight",
+        "norm.bias",
+        "head.bias",
+    }
+
+
+def test_a_universal_operator_is_optimised_once():
+    model = pico(mode="universal", depth=3)
+    params = [parameter for group in parameter_groups(model, 0.05) for parameter in group["params"]]
+    assert len(params) == len({id(p) for p in params}) == len(list(model.parameters()))
+
+
+def test_auto_takes_a_device_that_is_there():
+    assert pick_device("cpu") == pick_device(torch.device("cpu")) == torch.device("cpu")
+    assert torch.zeros(1, device=pick_device("auto")).item() == 0
+
+
+# ---- when something goes wrong --------------------------------------------------------------------------------------
+
+
+def in_epoch(model, epoch, do):
+    """Let `do(logits)` replace the model's logits in the middle of a training epoch and ever after."""
+    calls = 0
+
+    def hook(module, inputs, logits):
+        nonlocal calls
+        calls += module.training
+        return do(logits) if module.training and calls > (epoch - 1) * STEPS + 2 else None
+
+    model.register_forward_hook(hook)
+
+
+def assert_whole(out, epochs, data):
+    """`out` holds the state after `epochs` epochs, and nothing half-written."""
+    assert sorted(path.name for path in out.iterdir()) == ["history.json", "model.json", "model.safetensors"]
+    assert History.load(out / "history.json").column("epoch") == list(range(1, epochs + 1))
+    model, card = kl.load_checkpoint(out / "model.safetensors")
+    assert card["metrics"]["epoch"] == epochs
+    assert kl.evaluate(model, data, "cpu")["accuracy"] == card["metrics"]["test_accuracy"]
+
+
+def test_an_interruption_leaves_the_last_epoch(digits, tmp_path):
+    def interrupt(logits):
+        raise KeyboardInterrupt
+
+    model = pico()
+    in_epoch(model, 3, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, digits, out=tmp_path)
+    assert_whole(tmp_path, 2, digits[1])
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_epoch(factor, digits, tmp_path):
+    model = pico()
+    in_epoch(model, 3, lambda logits: logits * factor)
+    with pytest.raises(
+        FloatingPointError, match=r"in epoch 3|of epoch 3; .* holds epoch 2: lower the learning rate \(0.002\)"
+    ):
+        train(model, digits, out=tmp_path)
+    assert_whole(tmp_path, 2, digits[1])
+
+
+def test_weights_broken_by_the_last_step_of_an_epoch_are_not_saved(digits, tmp_path):
+    """The training loss was still finite then: only the test tells."""
+    one_step = kl.Recipe(epochs=2, batch_size=256, lr=1e30, warmup_epochs=0.0)
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        train(pico(), digits, one_step, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_leaves_a_whole_checkpoint(tmp_path):
+    """A real signal to a real process."""
+    command = "--data digits --attention karat --epochs 500 --limit 512 --patch-size 2 --device cpu --out".split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "karat_lite.train", *command, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal, wherever the tests run
+    )
+    out = tmp_path / "digits_karat_seed0"
+    try:
+        deadline = time.monotonic() + 90
+        while not ((out / "history.json").is_file() and len(History.load(out / "history.json").records) >= 2):
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode != 0 and "Interrupt" in said
+    assert sorted(path.name for path in out.iterdir()) == ["history.json", "model.json", "model.safetensors"]
+    model, card = kl.load_checkpoint(out / "model.safetensors")
+    # The two files are written one after the other: a signal may fall between them.
+    assert card["metrics"]["epoch"] - History.load(out / "history.json").column("epoch")[-1] in (0, 1)
+    test_data = kl.load_dataset("digits", "test")
+    assert kl.evaluate(model, test_data, "cpu")["accuracy"] == card["metrics"]["test_accuracy"]
+
+
+# ---- images from files ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["softmax", "karat"])
+def test_twins_learn_from_a_folder_of_images(attention, tmp_path):
+    root = write_folder(tmp_path / "colours", count=20)
+    data = kl.load_dataset(root, "train"), kl.load_dataset(root, "test")
+    model = pico(attention, num_classes=3)
+    history = train(model, data, kl.Recipe(epochs=6, batch_size=15, lr=1e-2, warmup_epochs=1.0), out=tmp_path / "out")
+    assert history.column("test_accuracy")[-1] >= 0.9
+    assert_whole(tmp_path / "out", 6, data[1])
+    assert kl.load_checkpoint(tmp_path / "out" / "model.safetensors")[1]["data"] == "colours"
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def command_line(monkeypatch, *arguments):
+    """`python -m karat_lite.train ...` without the seconds that a new process takes."""
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+    runpy.run_module("karat_lite.train", run_name="__main__", alter_sys=False)
+
+
+def test_the_command_line_trains_twins_and_writes_its_results(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "new" / "twins.json"
+    options = "--data digits --attention softmax karat --seeds 0 1 --epochs 1 --limit 128 --batch-size 32 --lr 0.001"
+    command_line(monkeypatch, *options.split(), "--results", results, "--out", tmp_path / "runs")
+    said, written = capsys.readouterr().out, json.loads(results.read_text())
+    assert "softmax  test accuracy" in said and f"written: {results}" in said
+    assert written["command"].startswith(f"python -m karat_lite.train {options}")
+    assert written["data"] == {"name": "digits", "train": 128, "test": 360, "img_size": 8}
+    assert (
+        written["recipe"]["epochs"] == 1 and written["recipe"]["batch_size"] == 32 and written["recipe"]["lr"] == 1e-3
+    )
+    assert [(run["attention"], run["seed"]) for run in written["runs"]] == [
+        ("softmax", 0), ("karat", 0), ("softmax", 1), ("karat", 1)
+    ]  # fmt: skip
+    for attention, line in written["summary"].items():
+        accuracy = [run["accuracy"] for run in written["runs"] if run["attention"] == attention]
+        assert line["seeds"] == 2 and line["mean"] == pytest.approx(sum(accuracy) / 2)
+    starts = {}
+    for run in written["runs"]:
+        out = tmp_path / "runs" / f"digits_{run['attention']}_seed{run['seed']}"
+        model, card = kl.load_checkpoint(out / "model.safetensors")
+        assert model.config == run["config"] and card["command"] == written["command"] and card["seed"] == run["seed"]
+        assert card["metrics"]["test_accuracy"] == run["accuracy"]
+        assert sum(parameter.numel() for parameter in model.parameters()) == run["parameters"]
+        starts[run["attention"], run["seed"]] = model.head.weight
+    # Four small steps leave the initial weights recognisable: equal in twins, others with another seed.
+    apart = {pair: (starts["karat", 0] - starts[pair]).abs().mean() for pair in starts}
+    assert apart["softmax", 0] < 0.005 < 0.01 < apart["karat", 1]
+
+
+def test_the_summary_of_seeds():
+    """Mean, and standard deviation with n - 1."""
+    summary = runpy.run_module("karat_lite.train")["_summary"]
+    runs = [{"attention": "karat", "accuracy": value} for value in (0.5, 0.7, 0.9)]
+    runs += [{"attention": "softmax", "accuracy": 0.1}]
+    assert summary(runs, "karat") == pytest.approx({"mean": 0.7, "std": 0.2, "seeds": 3})
+    assert summary(runs, "softmax") == pytest.approx({"mean": 0.1, "std": 0.0, "seeds": 1})
+
+
+def test_the_command_line_explains_itself(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        command_line(monkeypatch, "--help")
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "python -m karat_lite.train" in said and "--rank" in said
+    with pytest.raises(SystemExit) as end:
+        command_line(monkeypatch, "--data", "digits", "--attention", "sofmax")
+    assert end.value.code != 0 and "'sofmax' (choose from" in capsys.readouterr().err
