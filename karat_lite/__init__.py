@@ -13,7 +13,7 @@ from .checkpoints import available_checkpoints, load_checkpoint, save_checkpoint
 from .data import load_dataset
 from .operators import KArAtOperator
 from .recipes import RECIPES, Recipe
-from .training import History, evaluate, train
+from .training import History, evaluate
 from .vit import VisionTransformer, create_model, load_timm_weights
 
 __version__ = "0.1.0"
@@ -22,7 +22,7 @@ __all__ = [
     "AttentionRecord", "Fourier", "History", "KArAtOperator", "KArAttention", "LinearBasis", "MultiHeadAttention",
     "RECIPES", "Recipe", "SoftmaxActivation", "VisionTransformer", "available_bases", "available_checkpoints",
     "checkpoints", "create_model", "data", "evaluate", "functional", "load_checkpoint", "load_dataset",
-    "load_timm_weights", "make_basis", "recipes", "register_basis", "save_checkpoint", "train", "training", *_LAZY,
+    "load_timm_weights", "make_basis", "recipes", "register_basis", "save_checkpoint", "training", *_LAZY,
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def save_checkpoint(path: str | Path, model: VisionTransformer, card: dict | Non
     """Write `model` to `path` (.safetensors) and its card beside it (.json); return the path.
 
     The card holds the model's configuration, library versions, and what `card` adds (data, seed, recipe, metrics:
-    anything JSON can say). A tensor shared by all blocks (universal mode) is stored once. Raises `ValueError` for another
+    anything JSON can say). A tensor that all blocks share (universal mode) is stored once. `ValueError` for another
     file ending, or a model that `create_model` did not build.
     """
     from safetensors.torch import save_model

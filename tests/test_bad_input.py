@@ -83,19 +83,19 @@ CASES = {
     "bytes": (lambda: pico()(images(1).byte()), TypeError, ["floating point", "torch.uint8", "normalise"]),
     # training
     "device": (lambda: pick_device("cuda:99"), ValueError, ["'cuda:99'", "not on this machine", "'cpu'"]),
-    "train's device": (lambda: kl.train(pico(), *digits(), kl.Recipe(), device="cuda:99"), ValueError, ["'cuda:99'"]),
+    "train's device": (lambda: kl.training.train(pico(), *digits(), kl.Recipe(), device="cuda:99"), ValueError, ["'cuda:99'"]),
     "classes": (
-        lambda: kl.train(pico(num_classes=4), *digits(), kl.Recipe()),
+        lambda: kl.training.train(pico(num_classes=4), *digits(), kl.Recipe()),
         ValueError,
         ["digits has 10 classes and the model 4", "num_classes=10"],
     ),
     "size of data": (
-        lambda: kl.train(pico(), digits()[0], digits(img_size=16)[1], kl.Recipe()),
+        lambda: kl.training.train(pico(), digits()[0], digits(img_size=16)[1], kl.Recipe()),
         ValueError,
         ["test images of digits have 16 pixels", "the model takes 8", "img_size=8"],
     ),
-    "epochs 0": (lambda: kl.train(pico(), *digits(), kl.Recipe(epochs=0)), ValueError, ["epochs must be >= 1, got 0"]),
-    "batch 0": (lambda: kl.train(pico(), *digits(), kl.Recipe(batch_size=0)), ValueError, ["batch_size must be >= 1"]),
+    "epochs 0": (lambda: kl.training.train(pico(), *digits(), kl.Recipe(epochs=0)), ValueError, ["epochs must be >= 1, got 0"]),
+    "batch 0": (lambda: kl.training.train(pico(), *digits(), kl.Recipe(batch_size=0)), ValueError, ["batch_size must be >= 1"]),
 }
 
 

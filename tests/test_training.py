@@ -36,7 +36,7 @@ def pico(attention="karat", seed=0, **options):
 
 
 def train(model, data, recipe=QUICK, **options):
-    return kl.train(model, *data, recipe, **{**dict(device="cpu", progress=False), **options})
+    return kl.training.train(model, *data, recipe, **{**dict(device="cpu", progress=False), **options})
 
 
 # ---- learning -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,229 @@
+"""notebooks/build.py and its helpers, on notebooks small enough to read here."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+import build
+import fingerprint
+import hygiene
+import pages
+
+PARAMETERS = 'PROFILE = "reader"\nSEED = 0\nDEVICE = "auto"'
+
+
+def code(source, *tags, **kwargs):
+    return new_code_cell(source, metadata={"tags": list(tags)} if tags else {}, **kwargs)
+
+
+def notebook(*cells):
+    """A notebook that keeps the rules, with more cells at its end."""
+    nb = new_notebook(metadata={**hygiene.KERNEL, "karat_lite": {"profile": "reader"}})
+    nb.cells = [
+        new_markdown_cell("# T"),
+        code(hygiene.bootstrap(), "bootstrap"),
+        code(PARAMETERS, "parameters"),
+        *cells,
+    ]
+    for number, (_, cell) in enumerate(hygiene.code_cells(nb), 1):
+        cell.execution_count = number
+    return nb
+
+
+def found(nb, folder: Path) -> str:
+    path = folder / "00_sample.ipynb"
+    nbformat.write(nb, path)
+    return "\n".join(hygiene.problems(path))
+
+
+def stream(text, name="stdout"):
+    return new_output("stream", name=name, text=text)
+
+
+def display(**data):
+    return new_output("display_data", {key.replace("_", "/", 1): value for key, value in data.items()})
+
+
+# ---- the rules ------------------------------------------------------------------------------------------------------
+
+
+def test_a_clean_notebook_has_no_problems(tmp_path):
+    exercise = [
+        code("def f():\n    raise NotImplementedError", "exercise"),
+        code("kl.notebook.check(f, test)", "check"),
+        new_markdown_cell("<details><summary>Solution</summary>\n\n```python\ndef f(): ...\n```\n</details>"),
+    ]
+    assert found(notebook(*exercise), tmp_path) == ""
+    assert hygiene.exercises(notebook(*exercise)) == [(3, 4, "def f(): ...")]
+
+
+BROKEN = {
+    "raised ZeroDivisionError": code("1/0", outputs=[new_output("error", ename="ZeroDivisionError", evalue="x")]),
+    "has 41 lines": code("\n".join("x = 1" for _ in range(41))),
+    "prints a machine path: /opt/me/x": code("f()", outputs=[stream("saved in /opt/me/x\n")]),
+    "names a machine path": code("open('/tmp/here')"),
+    "gives the parameter SEED another value": code("SEED = 3"),
+    "gives the parameter DEVICE another value": code("from x import DEVICE"),
+    "no cell tagged `check`": code("def f(): raise NotImplementedError", "exercise"),
+    "carries the metadata ['papermill']": new_code_cell("f()", metadata={"papermill": {}}),
+    "carries the metadata ['injected-parameters']": code("SED = 1", "injected-parameters"),
+    "fetches a picture": new_markdown_cell("![badge](https://example.org/x.svg)"),
+    "links to 09_nothing.ipynb": new_markdown_cell("[next](09_nothing.ipynb)"),
+    "shows a widget view": code("w", outputs=[new_output("display_data", {hygiene.VIEW: {"model_id": "a"}})]),
+}
+
+
+@pytest.mark.parametrize("problem", BROKEN)
+def test_each_broken_rule_is_named(problem, tmp_path):
+    assert problem in found(notebook(BROKEN[problem]), tmp_path)
+
+
+def test_broken_frames_are_named(tmp_path):
+    nb = notebook(code("1"))
+    nb.cells[-1].execution_count = 9
+    assert "execution counts are not 1..n" in found(nb, tmp_path)
+    nb = notebook()
+    nb.cells[1].source += "\n# mine"
+    assert "the bootstrap cell is not notebooks/bootstrap.py" in found(nb, tmp_path)
+    nb = notebook()
+    nb.cells[2].source = PARAMETERS.replace('"reader"', '"smoke"')
+    assert "the parameters cell does not say PROFILE = 'reader'" in found(nb, tmp_path)
+    nb.cells[2].metadata.tags = []
+    assert "0 cells are tagged `parameters`" in found(nb, tmp_path)
+    nb = notebook()
+    nb.metadata.widgets, nb.metadata.kernelspec.name = {}, "conda-env-x"
+    assert "metadata.widgets is committed" in found(nb, tmp_path)
+    assert "the kernelspec is not python3" in found(nb, tmp_path)
+    assert "1.9 MB, 1.5 at most" in found(notebook(code("x", outputs=[stream("x" * 1_900_000)])), tmp_path)
+    (tmp_path / "cut.ipynb").write_text('{"cells": [')
+    assert "not a valid notebook" in hygiene.problems(tmp_path / "cut.ipynb")[0]
+
+
+# ---- what papermill does not see ------------------------------------------------------------------------------------
+
+SILENT = (
+    """
+import ipywidgets as widgets
+from IPython.display import display
+fine = widgets.HTML("all is well")
+out = widgets.Output()
+with out:
+    print("shown") if {good} else 1 / 0
+display(widgets.VBox([fine, out]))
+""",
+    """
+note = widgets.HTML()
+display(widgets.VBox([widgets.IntSlider(), note]))
+note.value = "moved" if {good} else '<div class="karat-error"><b>draw</b> failed: no head 7</div>'
+""",
+)
+
+
+def run(nb, folder: Path):
+    folder.mkdir()
+    nbformat.write(nb, folder / "in.ipynb")
+    return build.execute(folder / "in.ipynb", folder / "out.ipynb", cwd=folder)
+
+
+def test_errors_inside_widgets_fail_a_run(tmp_path):
+    cells = [[code(source.format(good=good)) for source in SILENT] for good in (True, False)]
+    assert run(new_notebook(cells=cells[0]), tmp_path / "good").problems == []
+    problems = run(new_notebook(cells=cells[1]), tmp_path / "bad").problems
+    assert "cell 1: an Output widget holds ZeroDivisionError: division by zero" in problems
+    assert "cell 2: an explorer reports a failed callback: draw failed: no head 7" in problems
+
+
+def test_a_raise_names_its_cell_and_memory_is_the_kernels(tmp_path):
+    cells = [code("block = bytearray(700_000_000)"), code("raise KeyError('head')"), code("never = 1")]
+    result = run(new_notebook(cells=cells), tmp_path / "raises")
+    assert [line.partition(":")[0] for line in result.problems] == ["cell 2 raised KeyError"]
+    assert 700 < result.megabytes < 1200 and result.seconds > 0
+
+
+def test_a_cell_without_end_and_a_kernel_that_dies_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(build.CELL_TIMEOUT, "smoke", 3)
+    cells = [code("import os, time"), code("time.sleep(60)")]
+    problems = run(new_notebook(cells=cells), tmp_path / "waits").problems
+    assert problems == ["cell 2 raised KeyboardInterrupt: ", "a cell took longer than 3 s and was stopped"]
+    cells[1] = code("os._exit(1)")
+    (problem,) = run(new_notebook(cells=cells), tmp_path / "dies").problems
+    assert re.match(r"papermill ended with \d+ at cell 2: .*DeadKernelError", problem), problem
+
+
+# ---- what is committed ----------------------------------------------------------------------------------------------
+
+
+def test_outputs_are_tidied():
+    bar = display(text_plain="  0%|          | 0/9")
+    widget = display(text_plain="VBox(children=())", image_png="iVBOR")
+    bar.data[hygiene.VIEW] = widget.data[hygiene.VIEW] = {"model_id": "a"}
+    outputs = [
+        stream("\r 10%|#\r100%|##########\n"), stream("done in " + str(hygiene.ROOT / "data") + "\n"), bar, widget,
+        stream("one ", "stderr"), display(text_plain="figure"), stream("two", "stderr"), stream("\r        \r"),
+    ]  # fmt: skip
+    kept = hygiene.tidy_outputs(outputs)
+    assert [out.get("text") for out in kept] == ["100%|##########\ndone in data\n", None, "one two", None]
+    assert kept[1].data == {"image/png": "iVBOR", "text/plain": "(interactive: run this cell to move its controls)"}
+
+
+def test_committed_keeps_the_author_and_the_outputs_only():
+    source = notebook(code("print(1)", "check"))
+    executed = nbformat.from_dict(json.loads(json.dumps(source)))
+    executed.metadata.update(papermill={}, widgets={})
+    executed.cells[-1].metadata.update(papermill={}, execution={})
+    executed.cells[-1].outputs = [stream("1\n")]
+    nb = hygiene.committed(source, executed)
+    assert set(nb.metadata) == {"kernelspec", "language_info", "karat_lite"}
+    assert nb.cells[-1].metadata == {"tags": ["check"]} and nb.cells[-1].outputs[0].text == "1\n"
+    assert [cell.source for cell in nb.cells] == [cell.source for cell in source.cells]
+
+
+def test_fingerprint_follows_the_code_and_nothing_else(tmp_path, monkeypatch):
+    package = tmp_path / "karat_lite"
+    package.mkdir()
+    files = {
+        "__init__": "from .vit import create_model\n",
+        "vit": "from . import bases\ndef create_model():\n    from .shapes import draw\n",
+        "bases": "", "shapes": "", "plots": "from .bases import x\n", "train": "",
+    }  # fmt: skip
+    for name, text in files.items():
+        (package / f"{name}.py").write_text(text)
+    monkeypatch.setattr(fingerprint, "PACKAGE", package)
+    assert fingerprint.modules_used("kl.create_model()") == ["bases", "shapes", "vit"]
+    assert fingerprint.modules_used("%time\nkl.plots.curve(1)") == ["bases", "plots"]
+    assert fingerprint.modules_used("from karat_lite import plots") == ["bases", "plots"]
+    assert fingerprint.modules_used("from karat_lite.train import main") == ["train"]
+
+    def renewed(*cells):
+        return fingerprint.fingerprint(notebook(*cells))
+
+    first = renewed(code("kl.create_model()"), new_markdown_cell("prose"))
+    assert renewed(code("kl.create_model()"), new_markdown_cell("better prose")) == first
+    assert renewed(code("kl.create_model() ")) != first
+    (package / "train.py").write_text("# not used")
+    assert renewed(code("kl.create_model()")) == first
+    (package / "shapes.py").write_text("# used inside a function")
+    assert renewed(code("kl.create_model()")) != first
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_fetches_nothing(tmp_path):
+    markdown = "# A title\n\nWhat it does, $x^2$.\n\n$$\\begin{aligned} a &= b \\end{aligned}$$\n\n[next](01_b.ipynb)"
+    nb = new_notebook(cells=[new_markdown_cell(markdown), code("1 < 2", outputs=[stream("yes")])])
+    nb.metadata.widgets = {hygiene.STATE: {}}
+    pages.page(nb, tmp_path / "a.html")
+    html = (tmp_path / "a.html").read_text(encoding="utf8")
+    assert "<title>A title</title>" in html and html.count("<math") == 2 and "<mtable" in html
+    assert 'href="01_b.html"' in html
+    assert not [word for word in ("<script", "<link", 'src="http', "@import", "url(http") if word in html]
+    assert "<math" in pages.summary(nb) and pages.summary(nb).startswith("<p>What it does")
+
+
+def test_an_unknown_formula_is_shown_as_written():
+    assert '<code class="undrawn">\\nosuchcommand{x}</code>' in pages.markdown("$\\nosuchcommand{x}$")
