@@ -5,7 +5,7 @@ import torch
 from pictures import write_folder
 
 import karat_lite as kl
-from karat_lite.training import pick_device
+from karat_lite.training import pick_device, train
 
 SMALL = dict(img_size=8, patch_size=2, depth=1, dim=16)  # 17 tokens
 
@@ -83,19 +83,19 @@ CASES = {
     "bytes": (lambda: pico()(images(1).byte()), TypeError, ["floating point", "torch.uint8", "normalise"]),
     # training
     "device": (lambda: pick_device("cuda:99"), ValueError, ["'cuda:99'", "not on this machine", "'cpu'"]),
-    "train's device": (lambda: kl.training.train(pico(), *digits(), kl.Recipe(), device="cuda:99"), ValueError, ["'cuda:99'"]),
+    "train's device": (lambda: train(pico(), *digits(), kl.Recipe(), device="cuda:99"), ValueError, ["'cuda:99'"]),
     "classes": (
-        lambda: kl.training.train(pico(num_classes=4), *digits(), kl.Recipe()),
+        lambda: train(pico(num_classes=4), *digits(), kl.Recipe()),
         ValueError,
         ["digits has 10 classes and the model 4", "num_classes=10"],
     ),
     "size of data": (
-        lambda: kl.training.train(pico(), digits()[0], digits(img_size=16)[1], kl.Recipe()),
+        lambda: train(pico(), digits()[0], digits(img_size=16)[1], kl.Recipe()),
         ValueError,
         ["test images of digits have 16 pixels", "the model takes 8", "img_size=8"],
     ),
-    "epochs 0": (lambda: kl.training.train(pico(), *digits(), kl.Recipe(epochs=0)), ValueError, ["epochs must be >= 1, got 0"]),
-    "batch 0": (lambda: kl.training.train(pico(), *digits(), kl.Recipe(batch_size=0)), ValueError, ["batch_size must be >= 1"]),
+    "epochs 0": (lambda: train(pico(), *digits(), kl.Recipe(epochs=0)), ValueError, ["epochs must be >= 1, got 0"]),
+    "batch 0": (lambda: train(pico(), *digits(), kl.Recipe(batch_size=0)), ValueError, ["batch_size must be >= 1"]),
 }
 
 
