@@ -144,7 +144,14 @@ def matrices(matrices: Mapping, signed: bool | None = None) -> Figure:
     return figure
 
 
-def attention_over_image(image, rows, grid: int | tuple[int, int], titles=None, signed: bool | None = None) -> Figure:
+def attention_over_image(
+    image,
+    rows,
+    grid: int | tuple[int, int],
+    titles: Sequence[str] | None = None,
+    signed: bool | None = None,
+    label: str | Mapping[str, str] = "weight of a patch",
+) -> Figure:
     """The image, and for each head the class token's row over it: strong colour where the weight is large.
 
     Args:
@@ -154,6 +161,7 @@ def attention_over_image(image, rows, grid: int | tuple[int, int], titles=None, 
         grid: patches per side, or (down, across); n = down * across.
         titles: one for each head (default "head 0", ...).
         signed: diverging colours, white (clear) at 0; None takes them where weights are negative.
+        label: what the colour bars measure; with several lines of pictures also name -> label.
     """
     picture = as_picture("image", image)
     down, across = (grid, grid) if isinstance(grid, int) else grid
@@ -169,6 +177,9 @@ def attention_over_image(image, rows, grid: int | tuple[int, int], titles=None, 
     titles = [f"head {head}" for head in range(heads)] if titles is None else list(titles)
     if len(titles) != heads:
         raise ValueError(f"{len(titles)} titles for {heads} heads.")
+    labels = dict.fromkeys(models, label) if isinstance(label, str) else label
+    if missing := [name for name in models if name not in labels]:
+        raise ValueError(f"label names {', '.join(labels)}, but rows also {', '.join(missing)}: give a label for each.")
 
     side = min(2.0, (WIDTH - 1.2) / (heads + 1) - 0.06)
     margins = (0.3 if any(models) else 0.05, 0.9, 0.08, 0.3)
@@ -184,11 +195,13 @@ def attention_over_image(image, rows, grid: int | tuple[int, int], titles=None, 
         left, bottom, _, height = line[0]
         middle = dict(rotation=90, ha="center", va="center", fontsize=10, color=INK)
         axes.text(left / 2, bottom + height / 2, name, **middle)
-        colour_bar(figure, colours, line[-1], "weight of a patch")
+        colour_bar(figure, colours, line[-1], labels[name])
     return figure
 
 
-def learned_functions(x, curves, labels: Sequence[str] | None = None, title: str = "", scores=None) -> Figure:
+def learned_functions(
+    x, curves, labels: Sequence[str] | None = None, title: str = "", scores=None, symbol: str = r"\phi_{pq}"
+) -> Figure:
     """Learned functions phi_pq(x) of one head: those with a label stand out, the others are thin lines behind them.
 
     Args:
@@ -197,6 +210,7 @@ def learned_functions(x, curves, labels: Sequence[str] | None = None, title: str
         labels: one for each curve, "" for a thin line; None makes all of them thin.
         scores: where the scores of real images fall, any shape: their histogram stands below, and the range that holds
             99 % of them is white in the picture. Outside it the function was hardly ever asked.
+        symbol: what the functions are called on the vertical axis, in TeX.
     """
     x = as_array("x", x, 1)
     if len(x) < 2 or (np.diff(x) <= 0).any():
@@ -234,7 +248,7 @@ def learned_functions(x, curves, labels: Sequence[str] | None = None, title: str
         shown += 1
     if shown:  # above the lines, where it hides none
         legend(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=shown, frameon=False, borderaxespad=0.1)
-    label_axes(axes, "", r"$\phi_{pq}$(score)")
+    label_axes(axes, "", f"${symbol}$(score)")
     label_axes(below, "score $S_{kq}$", below.get_ylabel())
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     axes.set_xlim(x[0], x[-1])

@@ -4,6 +4,7 @@
     python notebooks/build.py commit [00_quickstart ...]            reader profile, outputs written into the notebooks
     python notebooks/build.py check                                 the rules for committed notebooks
     python notebooks/build.py address                               pyproject's address into badges and bootstrap cells
+    python notebooks/build.py overview                              the README's picture, from the committed checkpoints
 
 A run ends with a non-zero status when a cell raises, and when a widget holds an error, which papermill does not see.
 """
@@ -151,6 +152,21 @@ def check() -> None:
     print(f"{len(chosen(()))} notebooks keep the rules")
 
 
+def overview(out: Path = ROOT / "data" / "results" / "overview.png") -> None:
+    """The picture of the README: the class token's row in the last block of both twins, over one test image."""
+    import torch
+
+    import karat_lite as kl
+
+    image, rows = 7, {}
+    data = kl.load_dataset("shapes", "test", limit=image + 1)
+    for name, checkpoint in {"softmax": "shapes_softmax", "Fourier-KArAt": "shapes_karat"}.items():
+        with torch.no_grad():
+            _, records = kl.load_checkpoint(checkpoint)[0](data[[image]][0], return_attention=True)
+        rows[name] = records[-1].maps[0, :, 0, 1:]
+    out.write_bytes(kl.widgets.render(kl.plots.attention_over_image(data.images[image], rows, grid=8)))
+
+
 def slug() -> str:
     """owner/name, as it stands in pyproject's address."""
     return "/".join(hygiene.address().rstrip("/").split("/")[-2:])
@@ -211,13 +227,14 @@ def main() -> None:
     verbs.add_parser("commit", help="execute in the reader profile, in place").add_argument("names", nargs="*")
     verbs.add_parser("check", help="check the committed notebooks")
     verbs.add_parser("address", help="stamp pyproject's address")
+    verbs.add_parser("overview", help="draw the README's picture")
     options = parser.parse_args()
     if options.verb == "run":
         build(options.names, options.out)
     elif options.verb == "commit":
         commit(options.names)
     else:
-        {"check": check, "address": address}[options.verb]()
+        {"check": check, "address": address, "overview": overview}[options.verb]()
 
 
 if __name__ == "__main__":

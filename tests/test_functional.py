@@ -7,7 +7,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from karat_lite import Fourier, KArAtOperator
+from karat_lite import Fourier, KArAtOperator, KArAttention
 from karat_lite.functional import attention_scores, karat_attention
 
 B, H, D = 2, 3, 4  # images, heads, channels of a head
@@ -115,6 +115,20 @@ def test_gradcheck(rank, backend):
         return karat_attention(q, k, v, Fourier(2), coef, weight, backend=backend)
 
     assert torch.autograd.gradcheck(attention, [x.clone().requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("rank", [2, None])
+@pytest.mark.parametrize("edge_scales", [False, True])
+def test_gradcheck_of_a_layer(rank, edge_scales):
+    """From tokens to tokens, with respect to tokens and all parameters; w_b among them, whose gradient is 0."""
+    torch.manual_seed(0)
+    layer = KArAttention(4, 2, num_tokens=3, grid=2, rank=rank, edge_scales=edge_scales)
+    values = dict(layer.named_parameters())
+
+    def attention(x, *tensors):
+        return torch.func.functional_call(layer, dict(zip(values, tensors, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(attention, (torch.randn(1, 3, 4, requires_grad=True), *values.values()))
 
 
 @pytest.mark.parametrize("rank", [5, None])

@@ -153,8 +153,8 @@ def started(request, clone_url, tmp_path_factory):
         return build.execute(folder / f"{name}.ipynb", folder / "out.ipynb", parameters=parameters, cwd=cwd, env=env)
 
     with ThreadPoolExecutor(2) as pool:
-        wanted = [item.callspec.params for item in request.session.items if "kind" in getattr(item, "fixturenames", ())]
-        keys = dict.fromkeys((params["kind"], params["name"]) for params in wanted)
+        items = [item for item in request.session.items if "started" in getattr(item, "fixturenames", ())]
+        keys = dict.fromkeys((item.callspec.params["kind"], item.callspec.params["name"]) for item in items)
         futures = {key: pool.submit(job, *key) for key in keys}
         yield lambda *key: futures[key].result()
         pool.shutdown(cancel_futures=True)

@@ -10,10 +10,12 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 import build
 
@@ -132,6 +134,13 @@ def test_address_is_stamped_everywhere(tmp_path):
                 path.read_text(),
             )
             assert set(found) == {slug}, f"{path.name} names {set(found)}"
+
+
+def test_the_readmes_picture_is_drawn_from_the_committed_checkpoints(tmp_path):
+    build.overview(tmp_path / "overview.png")
+    drawn, committed = (np.asarray(Image.open(folder / "overview.png").convert("RGB"), dtype=float)
+                        for folder in (tmp_path, ROOT / "data" / "results"))  # fmt: skip
+    assert drawn.shape == committed.shape and np.abs(drawn - committed).mean() < 1
 
 
 def test_readme_maps_every_notebook_and_names_real_targets():
