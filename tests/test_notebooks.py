@@ -29,7 +29,19 @@ try:
 except OSError as error:
     refused = str(error)
 versions = {name: importlib.metadata.version(name) for name in ("torch", "ipywidgets")}
-print("probe", json.dumps({"home": kl.__file__, "seed": SEED, "profile": PROFILE, "network": refused, **versions}))
+from karat_lite.widgets import Explorer, render
+moves = 0
+for explorer in [shown for shown in Out.values() if isinstance(shown, Explorer)]:
+    for name, start in explorer.values.items():
+        control = explorer.controls[name]
+        ends = control.options[:1] + control.options[-1:] if hasattr(control, "options") else (control.min, control.max)
+        for value in (*ends, start):
+            explorer.set(**{name: value})
+            assert explorer.error.value == "", explorer.error.value
+            assert explorer.image.value == render(explorer.draw(**explorer.values)), explorer.values
+            moves += 1
+found = {"home": kl.__file__, "seed": SEED, "profile": PROFILE, "network": refused, "moves": moves, **versions}
+print("probe", json.dumps(found))
 """
 
 
@@ -176,6 +188,7 @@ def test_runs_in_colab_and_solutions_pass(started, clone_url, kind, name):
     probe = probed(run)
     assert Path(probe["home"]).parent == run.out.parent / "karat-lite" / "karat_lite"
     assert (probe["torch"], probe["ipywidgets"]) == (TORCH, WIDGETS)
+    assert (probe["moves"] > 0) == (name in WITH_WIDGETS), "each explorer's controls, at both ends and at the default"
     executed = nbformat.read(run.out, as_version=4)
     checks = hygiene.tagged(executed, "check")
     assert len(checks) == len(hygiene.exercises(source(name))) > 0
@@ -189,7 +202,7 @@ def test_runs_in_colab_with_its_old_ipywidgets(started, kind, name):
     if not OVERLAY.is_dir():
         (pytest.fail if os.environ.get("CI") else pytest.skip)("ipywidgets 7.7 is not installed: run `make test`")
     probe = probed(started(kind, name))
-    assert probe["torch"] == TORCH and probe["ipywidgets"].startswith("7.7.")
+    assert probe["torch"] == TORCH and probe["ipywidgets"].startswith("7.7.") and probe["moves"] > 0
 
 
 def test_colab_without_an_address_says_one_line(tmp_path):
