@@ -4,13 +4,15 @@ The seam: an *activation* is a module with two methods, `activate(scores)`, whic
 and `attend(q, k, v)`, which returns the output as fast as it can. Everything else in attention stays as it was.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .bases import LinearBasis
+from .bases import Basis
 from .checks import at_least, divides
 from .functional import attention_scores
 from .operators import KArAtOperator
@@ -33,6 +35,52 @@ class SoftmaxActivation(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, h, N, d) -> (B, h, N, d) by the library's fused softmax attention."""
         return F.scaled_dot_product_attention(q, k, v)
+
+
+class HybridActivation(nn.Module):
+    """Softmax on some heads, a KArAt operator on the others (paper, section 3, hybrid heads).
+
+    Args:
+        num_heads: h.
+        softmax_heads: which heads keep softmax; at least one, and not all.
+        operator: a `KArAtOperator` for the other h - len(softmax_heads) heads, in order.
+    """
+
+    def __init__(self, num_heads: int, softmax_heads: Sequence[int], operator: KArAtOperator):
+        super().__init__()
+        softmax = check_heads(num_heads, softmax_heads)
+        learned = [head for head in range(num_heads) if head not in softmax]
+        if len(learned) != operator.num_heads or not softmax:
+            raise ValueError(
+                f"with softmax on {len(softmax)} of {num_heads} heads (at least one, not all) the operator needs "
+                f"{len(learned)}, it has {operator.num_heads}."
+            )
+        self.softmax, self.operator = SoftmaxActivation(), operator
+        self.softmax_heads, self.learned_heads = softmax, learned
+        # Where each head stands in the two parts laid end to end.
+        self.place = [[*softmax, *learned].index(head) for head in range(num_heads)]
+
+    def activate(self, scores: Tensor) -> Tensor:
+        """scores (B, h, N, N) -> (B, h, N, N)."""
+        parts = [activation.activate(scores[:, heads]) for activation, heads in self._parts()]
+        return torch.cat(parts, dim=1)[:, self.place]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (B, h, N, d) -> (B, h, N, d)."""
+        parts = [activation.attend(*(x[:, heads] for x in (q, k, v))) for activation, heads in self._parts()]
+        return torch.cat(parts, dim=1)[:, self.place]
+
+    def _parts(self):
+        return (self.softmax, self.softmax_heads), (self.operator, self.learned_heads)
+
+
+def check_heads(num_heads: int, heads: Sequence[int]) -> list[int]:
+    """The given head indices, sorted; `ValueError` for one that is not there or given twice."""
+    heads = [at_least("head index", head, 0) for head in heads]
+    for head in heads:
+        if head >= num_heads or heads.count(head) > 1:
+            raise ValueError(f"softmax head {head} is not one of 0 .. {num_heads - 1}, or given twice: got {heads}.")
+    return sorted(heads)
 
 
 class MultiHeadAttention(nn.Module):
@@ -66,7 +114,8 @@ class MultiHeadAttention(nn.Module):
 class KArAttention(MultiHeadAttention):
     """Multi-head attention with a Kolmogorov-Arnold operator in place of softmax: (B, N, dim) -> (B, N, dim).
 
-    Args as for `MultiHeadAttention` and `KArAtOperator`; rank=None is the full-rank operator. Source: paper, section 1.
+    Args as for `MultiHeadAttention` and `KArAtOperator` (order, base, simplex, basis_options by name); rank=None is the
+    full-rank operator. Source: paper, section 1.
     """
 
     def __init__(
@@ -74,10 +123,12 @@ class KArAttention(MultiHeadAttention):
         dim: int,
         num_heads: int,
         num_tokens: int,
-        basis: str | LinearBasis = "fourier",
+        basis: str | Basis = "fourier",
         grid: int = 3,
         rank: int | None = 12,
         init: str = "variance",
         edge_scales: bool = False,
+        **options,
     ):
-        super().__init__(dim, num_heads, KArAtOperator(num_heads, num_tokens, basis, grid, rank, init, edge_scales))
+        args = (num_heads, num_tokens, basis, grid, rank, init, edge_scales)
+        super().__init__(dim, num_heads, KArAtOperator(*args, **options))

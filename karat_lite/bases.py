@@ -2,28 +2,34 @@
 
 A *linear* basis is a list of fixed feature maps psi_1 .. psi_F, the same on every edge (p, q) of an operator. A unit is
 their weighted sum, phi_pq(x) = sum_f c_pqf psi_f(x), so the maps are evaluated once per score and only the coefficients
-c_pqf differ from edge to edge. Everything that makes KArAt affordable follows from that (see functional.py).
+c_pqf differ from edge to edge. Everything that makes KArAt affordable follows from that (see functional.py). Bases
+whose parameters stand inside the non-linearity have a file of their own: edge_bases.py.
 """
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import at_least, one_of
 
-_REGISTRY: dict[str, type["LinearBasis"]] = {}
+# b(x) of a unit b(x) + sum_f c_f psi_f(x) (paper, section 1).
+BASE_ACTIVATIONS = {"zero": torch.zeros_like, "identity": lambda x: x, "silu": F.silu, "gelu": F.gelu}
+
+_REGISTRY: dict[str, type["Basis"]] = {}
 
 
 def register_basis(name: str):
-    """Class decorator: make a `LinearBasis` available by `name` wherever a basis is asked for.
+    """Class decorator: make a `LinearBasis` or `EdgeBasis` available by `name` wherever a basis is asked for.
 
-    Raises `TypeError` if the class is not a `LinearBasis`, `ValueError` if another class already has the name.
+    Raises `TypeError` if the class is neither, `ValueError` if another class already has the name.
     """
 
     def decorate(cls):
-        if not (isinstance(cls, type) and issubclass(cls, LinearBasis)):
-            raise TypeError(f"basis {name!r} must be a subclass of LinearBasis, got {cls!r}.")
+        if not (isinstance(cls, type) and issubclass(cls, Basis)):
+            raise TypeError(f"basis {name!r} must be a subclass of LinearBasis or EdgeBasis, got {cls!r}.")
         known = _REGISTRY.get(name)
         # A notebook cell that is run twice defines its class anew: same name and place, so replacing it is meant.
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -40,20 +46,81 @@ def available_bases() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def make_basis(basis: "str | LinearBasis", grid: int = 3) -> "LinearBasis":
-    """Return the basis called `basis` with grid size G = `grid`; a basis object is returned as it is."""
-    if isinstance(basis, LinearBasis):
+def make_basis(basis: "str | Basis", grid: int = 3, **options) -> "Basis":
+    """Return the basis called `basis` with grid size G = `grid` and its own options; an object is returned as it is.
+
+    Raises `ValueError` for an unknown name, `TypeError` for an option that the basis does not take.
+    """
+    if isinstance(basis, Basis):
+        if options:
+            raise TypeError(f"{basis!r} is made already: give {', '.join(options)} where it is made, or its name here.")
         return basis
-    return _REGISTRY[one_of("basis", basis, available_bases())](grid)
+    cls = _REGISTRY[one_of("basis", basis, available_bases())]
+    try:
+        made = cls(grid, **options)
+    except TypeError as error:
+        if options and "unexpected keyword" in str(error):
+            raise TypeError(f"basis {basis!r} does not take all of {', '.join(options)}: {error}.") from None
+        raise
+    made._check()
+    return made
 
 
-class LinearBasis:
-    """A basis that is linear in its parameters. Subclasses set `num_features` (F) and define `maps`."""
+class Basis:
+    """What both kinds of basis have in common: a name, a grid size, a number of parameters per edge, a start.
+
+    `options` holds the arguments beside the grid; `make_basis(name, grid, **options)` builds the like.
+    """
 
     name: str = ""
+    default_base: str = "zero"  # the base activation b(x) that an operator takes unless told otherwise
 
     def __init__(self, grid: int):
-        self.grid = at_least("grid", grid, 1)
+        self.grid, self.options = at_least("grid", grid, 1), {}
+
+    @property
+    def num_parameters(self) -> int:
+        """Learnable numbers per edge, the last axis of an operator's `coef`."""
+        raise NotImplementedError
+
+    def draw(self, coef: Tensor, init: str, num_edges: int) -> None:
+        """Fill coef (..., num_parameters) by the scheme "paper", or "variance": `num_edges` units sum to variance 1."""
+        raise NotImplementedError
+
+    def scaled(self, coef: Tensor, factor: Tensor) -> Tensor:
+        """The parameters of factor * phi: coef (..., num_parameters), factor (...)."""
+        raise NotImplementedError
+
+    def evaluate(self, x: Tensor, coef: Tensor) -> Tensor:
+        """phi(x) edge by edge: x (...), coef (..., num_parameters), broadcast against each other -> (...)."""
+        raise NotImplementedError
+
+    def derivative(self, x: Tensor, coef: Tensor) -> Tensor:
+        """phi'(x), shapes as in `evaluate`; a number, not a graph: nothing can be differentiated through it."""
+        x = x.detach().expand(torch.broadcast_shapes(x.shape, coef.shape[:-1])).clone().requires_grad_()
+        with torch.enable_grad():  # each value depends on its own x alone, so the gradient of their sum is phi'
+            return torch.autograd.grad(self.evaluate(x, coef.detach()).sum(), x)[0]
+
+    def with_base(self, base: str) -> "Basis":
+        """The same basis with one parameter more per edge, last: the weight of the base activation b(x)."""
+        raise NotImplementedError
+
+    def _check(self) -> None:
+        """Raise `ValueError` where a registered class contradicts itself (its maps or its shapes)."""
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"{type(self).__name__}(grid={self.grid}{options})"
+
+
+def typical_scores() -> tuple[Tensor, Tensor]:
+    """Points and weights (n,) of Gauss and Hermite: sums over them are means over scores S ~ N(0, 1)."""
+    x, weight = np.polynomial.hermite_e.hermegauss(64)
+    return torch.from_numpy(x), torch.from_numpy(weight / weight.sum())
+
+
+class LinearBasis(Basis):
+    """A basis that is linear in its parameters. Subclasses set `num_features` (F) and define `maps`; that is all."""
 
     @property
     def num_features(self) -> int:
@@ -64,17 +131,49 @@ class LinearBasis:
         """Yield (f, psi_f(x)) for every f in 0 .. F-1, in whatever order is cheapest; each map has the shape of x."""
         raise NotImplementedError
 
+    @property
+    def num_parameters(self) -> int:
+        return self.num_features
+
     def features(self, x: Tensor) -> Tensor:
         """All maps side by side, in coefficient order: x (...) -> psi (..., F)."""
         maps = dict(self.maps(x))
         return torch.stack([maps[f] for f in range(self.num_features)], dim=-1)
 
-    def coefficient_std(self, num_edges: int) -> float:
-        """Standard deviation of the coefficients with which a sum over `num_edges` edges starts at variance 1."""
-        raise NotImplementedError
+    def evaluate(self, x: Tensor, coef: Tensor) -> Tensor:
+        return (self.features(x) * coef).sum(dim=-1)
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(grid={self.grid})"
+    def scaled(self, coef: Tensor, factor: Tensor) -> Tensor:
+        return coef * factor.unsqueeze(-1)
+
+    def with_base(self, base: str) -> "LinearBasis":
+        return _LinearWithBase(self, base)
+
+    @torch.no_grad()
+    def draw(self, coef: Tensor, init: str, num_edges: int) -> None:
+        """paper: c ~ N(0, 1). variance: c ~ N(0, v), v = 1 / (num_edges E[sum_f psi_f(S)^2]), S ~ N(0, 1).
+
+        For Fourier cos^2 + sin^2 = 1 makes that sum G at every score, not only on average.
+        """
+        coef.normal_()
+        if init == "variance":
+            x, weight = typical_scores()
+            coef.mul_((num_edges * (weight * self.features(x).square().sum(dim=-1)).sum().item()) ** -0.5)
+
+    def _check(self) -> None:
+        x = torch.linspace(-1, 1, 6).view(2, 3)
+        maps = dict(self.maps(x))
+        if sorted(maps) != list(range(self.num_features)):
+            raise ValueError(
+                f"basis {self.name!r}: maps(x) must yield (f, psi_f) once for each f in 0 .. {self.num_features - 1} "
+                f"(num_features = {self.num_features}), it yields f = {sorted(maps)}."
+            )
+        odd = {f: tuple(psi.shape) for f, psi in maps.items() if psi.shape != x.shape}
+        if odd:
+            raise ValueError(
+                f"basis {self.name!r}: each map must have the shape of x; for x of shape {tuple(x.shape)} "
+                f"the map f = {min(odd)} has {odd[min(odd)]}."
+            )
 
 
 @register_basis("fourier")
@@ -99,6 +198,102 @@ class Fourier(LinearBasis):
             yield m - 1, cos_m
             yield self.grid + m - 1, sin_m
 
-    def coefficient_std(self, num_edges: int) -> float:
-        # cos^2 + sin^2 = 1: one unit with Var(a) = Var(b) = v has variance v G at every x, and the edges add up.
-        return (num_edges * self.grid) ** -0.5
+
+def _check_reach(reach: float) -> float:
+    if not reach > 0:
+        raise ValueError(f"reach must be > 0, got {reach}: the basis lives on [-reach, reach].")
+    return float(reach)
+
+
+@register_basis("bspline")
+class BSpline(LinearBasis):
+    """phi(x) = w (SiLU(x) + sum_m c_m B_m(x)): B-splines of order k on G equal intervals of [-I, I]; F = G + k.
+
+    The knots go on for k intervals to either side, so that inside [-I, I] the splines sum to 1; far outside all are 0
+    and only the base activation is left (KAN's own layer; paper, section 1). `order` is k, `reach` is I.
+    """
+
+    default_base = "silu"
+
+    def __init__(self, grid: int, order: int = 3, reach: float = 4.0):
+        super().__init__(grid)
+        self.options = dict(order=at_least("order", order, 1), reach=_check_reach(reach))
+
+    @property
+    def num_features(self) -> int:
+        return self.grid + self.options["order"]
+
+    def maps(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        # Cox and de Boor on knots -k .. G+k in units of the spacing. Two hats of order d-1 make one of order d.
+        k, reach = self.options["order"], self.options["reach"]
+        u = (x + reach) * (self.grid / (2 * reach))
+        hats = [((u >= j) & (u < j + 1)).to(x.dtype) for j in range(-k, self.grid + k)]
+        for d in range(1, k + 1):
+            hats = [
+                ((u - j) * hats[i] + (j + d + 1 - u) * hats[i + 1]) / d
+                for i, j in enumerate(range(-k, self.grid + k - d))
+            ]
+        yield from enumerate(hats)
+
+    @torch.no_grad()
+    def draw(self, coef: Tensor, init: str, num_edges: int) -> None:
+        """paper: KAN's own start, near zero: c ~ N(0, 0.1^2), so that SiLU speaks first. variance: as for any basis."""
+        super().draw(coef, init, num_edges)
+        if init == "paper":
+            coef.mul_(0.1)
+
+
+@register_basis("chebyshev")
+class Chebyshev(LinearBasis):
+    """phi(x) = sum_{m=0..G} c_m T_m(tanh x), T_m(cos t) = cos(m t): polynomials need a bounded argument; F = G + 1."""
+
+    @property
+    def num_features(self) -> int:
+        return self.grid + 1
+
+    def maps(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        t = torch.tanh(x)
+        before, now = torch.ones_like(t), t
+        yield 0, before
+        for m in range(1, self.grid + 1):
+            yield m, now
+            before, now = now, 2 * t * now - before
+
+
+@register_basis("rbf")
+class RBF(LinearBasis):
+    """phi(x) = sum_{m=1..G} c_m exp(-(x - mu_m)^2 / (2 s^2)): G centres mu_m evenly on [-I, I], s their spacing; F = G.
+
+    One centre alone (G = 1) stands at 0 with s = I. `reach` is I.
+    """
+
+    def __init__(self, grid: int, reach: float = 4.0):
+        super().__init__(grid)
+        self.options = dict(reach=_check_reach(reach))
+
+    @property
+    def num_features(self) -> int:
+        return self.grid
+
+    def maps(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        reach = self.options["reach"]
+        spacing = 2 * reach / (self.grid - 1) if self.grid > 1 else reach
+        for m in range(self.grid):
+            centre = m * spacing - reach if self.grid > 1 else 0.0
+            yield m, torch.exp(-0.5 * ((x - centre) / spacing).square())
+
+
+class _LinearWithBase(LinearBasis):
+    """The maps of a linear basis and one more, the base activation b(x)."""
+
+    def __init__(self, basis: LinearBasis, base: str):
+        super().__init__(basis.grid)
+        self.name, self.options, self.basis, self.base = basis.name, basis.options, basis, base
+
+    @property
+    def num_features(self) -> int:
+        return self.basis.num_features + 1
+
+    def maps(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        yield from self.basis.maps(x)
+        yield self.basis.num_features, BASE_ACTIVATIONS[self.base](x)

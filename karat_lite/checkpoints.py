@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .bases import available_bases
 from .checks import one_of
 from .vit import VisionTransformer, create_model
 
@@ -62,6 +63,11 @@ def load_checkpoint(path_or_name: str | Path, model: VisionTransformer | None = 
         card = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"the card in {path} is damaged ({error}): train or fetch the checkpoint again.") from error
+    if (basis := card["config"].get("basis", "fourier")) not in available_bases():
+        raise ValueError(
+            f"{path.name} uses the basis {basis!r}, which is not registered here: run the code that defines it "
+            f"(@register_basis({basis!r})) first. There are {', '.join(available_bases())}."
+        )
     if model is None:
         model = create_model(**card["config"])
     elif model.config != card["config"]:

@@ -14,8 +14,9 @@ with phi_pq(x) = sum_f c_pqf psi_f(x). Source: paper, section 1 (full-rank and m
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from .bases import LinearBasis
+from .bases import Basis, LinearBasis
 from .checks import one_of
 
 BACKENDS = ("reference", "contraction")
@@ -30,34 +31,63 @@ def attention_scores(q: Tensor, k: Tensor, *, scale: float | None = None) -> Ten
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(device_type=q.device.type, enabled=False):
         # Heads outermost in memory (the shape says B h): all rows of one head then lie together for its operator.
-        q, k = _wide(q).transpose(0, 1) * scale, _wide(k).transpose(0, 1)
+        q, k = wide(q).transpose(0, 1) * scale, wide(k).transpose(0, 1)
         return (q @ k.transpose(-2, -1)).transpose(0, 1)
 
 
-def apply_operator(scores: Tensor, basis: LinearBasis, coef: Tensor) -> Tensor:
-    """Y_kp = sum_q phi_pq(S_kq): scores (B, h, N, N), coef (h, r, N, F) -> Y (B, h, N, r).
+def apply_operator(x: Tensor, basis: Basis, coef: Tensor) -> Tensor:
+    """Y_kp = sum_q phi_pq(x_kq): x (B, h, k, q), coef (h, p, q, F) -> Y (B, h, k, p).
 
-    A contraction over q and f: the maps psi_f are evaluated once per score, and no array of r copies of S ever exists.
+    Linear basis: a contraction over q and f. The maps psi_f are evaluated once per score, and no array of p copies of x
+    ever exists. Edge basis: one unit p after the other, and nothing of a unit is kept for its backward pass, so that no
+    such array exists there either.
     """
-    rows = rearrange(scores, "B h k q -> h (B k) q")  # a head's operator is the same for every row of every image
+    if not isinstance(basis, LinearBasis):
+        return torch.stack([_unit(x, basis, theta) for theta in coef.unbind(dim=1)], dim=-1)
+    rows = rearrange(x, "B h k q -> h (B k) q")  # a head's operator is the same for every row of every image
     y = coef.new_zeros(())
     for f, psi in basis.maps(rows):
-        y = torch.baddbmm(y, psi, coef[..., f].transpose(-2, -1))  # y + (h, B k, q) (h, q, r)
-    return rearrange(y, "h (B k) p -> B h k p", k=scores.shape[2])  # k, not B: a batch may be empty
+        y = torch.baddbmm(y, psi, coef[..., f].transpose(-2, -1))  # y + (h, B k, q) (h, q, p)
+    return rearrange(y, "h (B k) p -> B h k p", k=x.shape[2])  # k, not B: a batch may be empty
 
 
-def activate(scores: Tensor, basis: LinearBasis, coef: Tensor, weight: Tensor | None = None) -> Tensor:
+def _unit(x: Tensor, basis: Basis, theta: Tensor) -> Tensor:
+    """sum_q phi(x_kq; theta_q) for one unit: x (B, h, k, q), theta (h, q, P) -> (B, h, k); recomputed when needed."""
+
+    def compute(x, theta):
+        return basis.evaluate(x, rearrange(theta, "h q P -> h 1 q P")).sum(dim=-1)
+
+    if not (torch.is_grad_enabled() and (x.requires_grad or theta.requires_grad)):
+        return compute(x, theta)
+    return checkpoint(compute, x, theta, use_reentrant=False, preserve_rng_state=False)
+
+
+def mix_values(x: Tensor, basis: Basis, coef: Tensor, v: Tensor) -> Tensor:
+    """O_k = sum_n A_kn V_n with A_kn = sum_q phi_nq(x_kq): x (B, h, k, q), coef (h, n, q, F), v (B, h, n, d).
+
+    Linear basis: O = sum_f psi_f(x) U_f with U_f = c_f^T V, values mixed over tokens: A is never formed. Edge basis:
+    A V.
+    """
+    if not isinstance(basis, LinearBasis):
+        return apply_operator(x, basis, coef) @ v
+    out = v.new_zeros(())
+    for f, psi in basis.maps(x):
+        out = out + psi @ (coef[..., f].transpose(-2, -1) @ v)
+    return out
+
+
+def activate(scores: Tensor, basis: Basis, coef: Tensor, weight: Tensor | None = None) -> Tensor:
     """The activated map A = Y W^T (full rank: A = Y): scores (B, h, N, N) -> (B, h, N, N). For looking, not speed."""
     with torch.autocast(device_type=scores.device.type, enabled=False):
-        y = apply_operator(_wide(scores), basis, _wide(coef))
-        return y if weight is None else y @ _wide(weight).transpose(-2, -1)
+        y = apply_operator(wide(scores), basis, wide(coef))
+        return y if weight is None else y @ wide(weight).transpose(-2, -1)
 
 
 def karat_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    basis: LinearBasis,
+    basis: Basis,
     coef: Tensor,
     weight: Tensor | None = None,
     *,
@@ -68,8 +98,9 @@ def karat_attention(
 
     Args:
         q, k, v: (B, h, N, d) each.
-        basis: the feature maps psi_f, shared by all edges.
-        coef: (h, r, N, F), the coefficients c_pqf; for Fourier F = 2G, cos 1..G then sin 1..G.
+        basis: the family of functions; for a linear basis the feature maps psi_f, shared by all edges.
+        coef: (h, r, N, F), the coefficients c_pqf; for Fourier F = 2G, cos 1..G then sin 1..G. For an edge basis the
+            last axis holds its P parameters.
         weight: (h, N, r), the projector W; None for the full-rank operator, whose r is N.
         scale: factor of the scores, 1 / sqrt(d) by default.
         backend: "reference" writes the definition down in einops and forms every intermediate; "contraction" gives the
@@ -83,32 +114,74 @@ def karat_attention(
     compute = _reference if backend == "reference" else _contraction
     scores = attention_scores(q, k, scale=scale)
     with torch.autocast(device_type=q.device.type, enabled=False):
-        out = compute(scores, _wide(v), basis, _wide(coef), None if weight is None else _wide(weight))
+        out = compute(scores, wide(v), basis, wide(coef), None if weight is None else wide(weight))
     return out.to(v.dtype)
 
 
-def _reference(scores: Tensor, v: Tensor, basis: LinearBasis, coef: Tensor, weight: Tensor | None) -> Tensor:
+def _reference(scores: Tensor, v: Tensor, basis: Basis, coef: Tensor, weight: Tensor | None) -> Tensor:
     """The specification: units, operator, projector, values, one line each, every axis named."""
-    psi = basis.features(scores)  # (B, h, k, q, F)
-    units = einsum(psi, coef, "B h k q F, h p q F -> B h k p q")  # phi_pq(S_kq)
+    if isinstance(basis, LinearBasis):
+        psi = basis.features(scores)  # (B, h, k, q, F)
+        units = einsum(psi, coef, "B h k q F, h p q F -> B h k p q")  # phi_pq(S_kq)
+    else:
+        units = basis.evaluate(rearrange(scores, "B h k q -> B h k 1 q"), rearrange(coef, "h p q P -> h 1 p q P"))
     y = units.sum(dim=-1)  # (B, h, k, p)
     activated = y if weight is None else einsum(weight, y, "h n p, B h k p -> B h k n")
     return einsum(activated, v, "B h k n, B h n d -> B h k d")
 
 
-def _contraction(scores: Tensor, v: Tensor, basis: LinearBasis, coef: Tensor, weight: Tensor | None) -> Tensor:
+def _contraction(scores: Tensor, v: Tensor, basis: Basis, coef: Tensor, weight: Tensor | None) -> Tensor:
     """The same by associativity: the N x N activated map is never formed."""
-    if weight is not None:
-        # (Y W^T) V = Y (W^T V): r mixed values per head instead of N activated columns, O(N r d) instead of O(N^2 d).
-        return apply_operator(scores, basis, coef) @ (weight.transpose(-2, -1) @ v)
-    # Full rank: O = sum_f psi_f(S) U_f with U_f = c_f^T V, values mixed over tokens. Softmax's cost, F times.
-    out = torch.zeros_like(v)
-    for f, psi in basis.maps(scores):
-        out = out + psi @ (coef[..., f].transpose(-2, -1) @ v)
-    return out
+    if weight is None:
+        return mix_values(scores, basis, coef, v)
+    # (Y W^T) V = Y (W^T V): r mixed values per head instead of N activated columns, O(N r d) instead of O(N^2 d).
+    return apply_operator(scores, basis, coef) @ (weight.transpose(-2, -1) @ v)
 
 
-def _wide(x: Tensor) -> Tensor:
+class _ProjectSimplex(torch.autograd.Function):
+    """Sort and threshold; backward: on its support the projection is a shift, off it a constant."""
+
+    @staticmethod
+    def forward(y):
+        ordered, _ = y.sort(dim=-1, descending=True)
+        count = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
+        surplus = ordered.cumsum(dim=-1) - 1
+        rho = (ordered * count > surplus).sum(dim=-1, keepdim=True)  # >= 1: the largest entry always stays
+        return (y - surplus.gather(-1, rho - 1) / rho).clamp(min=0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, x):
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        support = (x > 0).to(grad.dtype)
+        grad = grad * support
+        return grad - support * (grad.sum(dim=-1, keepdim=True) / support.sum(dim=-1, keepdim=True))
+
+
+def project_simplex(y: Tensor) -> Tensor:
+    """Euclidean projection of each row on the probability simplex {x >= 0, sum x = 1}: y (..., n) -> (..., n).
+
+        x = max(y - lambda, 0),  lambda = (sum of the rho largest entries - 1) / rho,
+        rho = max{i : y_(i) - (sum_{j<=i} y_(j) - 1) / i > 0},  y_(1) >= y_(2) >= ... (Condat 2016; paper, section 1).
+
+    float16 and bfloat16 are projected in float32 and returned in their type. Raises `ValueError` for rows that are not
+    finite, or have no entry.
+    """
+    if y.ndim == 0 or y.shape[-1] == 0:
+        raise ValueError(f"project_simplex needs rows with at least one entry, got shape {tuple(y.shape)}.")
+    if not torch.compiler.is_compiling() and not y.sum().isfinite() and not y.isfinite().all():
+        rows = (~y.isfinite()).any(dim=-1)
+        raise ValueError(
+            f"project_simplex needs finite rows: {int(rows.sum())} of {rows.numel()} hold NaN or infinity. "
+            "Where scores are masked, project the entries that are left."
+        )
+    return _ProjectSimplex.apply(wide(y)).to(y.dtype)
+
+
+def wide(x: Tensor) -> Tensor:
     """float16 and bfloat16 become float32; float32 and float64 stay."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -120,9 +193,10 @@ def _check_shapes(q, k, v, basis, coef, weight) -> None:
     if not (q.shape == k.shape and q.shape[:3] == v.shape[:3]):
         raise ValueError(f"q, k and v must share (B, h, N): got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}.")
     h, n, r = q.shape[1], q.shape[2], coef.shape[1] if coef.ndim == 4 else "r"
-    expected = (h, r if weight is not None else n, n, basis.num_features)
+    expected = (h, r if weight is not None else n, n, basis.num_parameters)
     if tuple(coef.shape) != expected:
-        kind = "(h, r, N, F)" if weight is not None else "(h, N, N, F), full rank because weight is None"
+        last = "F" if isinstance(basis, LinearBasis) else "P"
+        kind = f"(h, r, N, {last})" if weight is not None else f"(h, N, N, {last}), full rank because weight is None"
         raise ValueError(
             f"coef must be {kind} = {expected} for {n} tokens, {h} heads and {basis!r}, got {tuple(coef.shape)}. "
             "An operator is bound to its token count: build it with the N of your images."

@@ -19,6 +19,9 @@ from .data import Images
 from .recipes import Recipe
 from .vit import VisionTransformer
 
+# Never decayed, beside all vectors. Scales of edges are factors near 1; a pull to 0 would silence their units.
+KEPT = ("cls_token", "pos_embed", "w_b", "w_s", "w_b2", "w_s2")
+
 
 @dataclass
 class History:
@@ -178,7 +181,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     class token, positions and edge scales do not."""
     decay, keep = [], []
     for name, parameter in model.named_parameters():
-        plain = parameter.ndim <= 1 or name.endswith(("cls_token", "pos_embed", ".w_b", ".w_s"))
+        plain = parameter.ndim <= 1 or name.rpartition(".")[2] in KEPT
         (keep if plain else decay).append(parameter)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
 

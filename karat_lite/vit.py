@@ -3,14 +3,17 @@
 Parameters are named as in timm, so that a timm ViT's weights load name by name.
 """
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .attention import MultiHeadAttention
-from .bases import LinearBasis, make_basis
+from .attention import HybridActivation, MultiHeadAttention, check_heads
+from .bases import Basis, make_basis
 from .checks import at_least, divides, one_of
 from .operators import KArAtOperator
+from .token_grid import resize_tokens
 
 # pico is ours: small enough to train in a minute on a laptop. The others are the usual ViT sizes (paper, section 2).
 # Positions usually start at standard deviation 0.02. In pico they start as large as embedded patches: a small softmax
@@ -22,7 +25,7 @@ SIZES = {
     "vit_base": dict(dim=768, depth=12, num_heads=12, pos_std=0.02),
 }
 OVERRIDES = ("dim", "depth", "num_heads", "in_chans")
-ATTENTIONS = ("softmax", "karat")
+ATTENTIONS = ("softmax", "karat", "hybrid")
 MODES = ("blockwise", "universal")
 
 
@@ -111,7 +114,8 @@ class VisionTransformer(nn.Module):
 
     def operators(self) -> list[KArAtOperator]:
         """The KArAt operators, block by block (universal mode: the same object every time); empty for softmax."""
-        found = (block.attn.activation for block in self.blocks)
+        found = [block.attn.activation for block in self.blocks]
+        found = [each.operator if isinstance(each, HybridActivation) else each for each in found]
         return [activation for activation in found if isinstance(activation, KArAtOperator)]
 
     def _check_images(self, x: Tensor) -> None:
@@ -139,22 +143,30 @@ def create_model(
     mode: str = "blockwise",
     grid: int = 3,
     rank: int | None = 12,
-    basis: str | LinearBasis = "fourier",
+    basis: str | Basis = "fourier",
     img_size: int = 224,
     patch_size: int = 16,
     num_classes: int = 10,
     init: str = "variance",
     edge_scales: bool = False,
+    order: str = "w_phi",
+    base: str | None = None,
+    simplex: bool = False,
+    basis_options: dict | None = None,
+    softmax_heads: Sequence[int] = (),
+    softmax_layers: Sequence[int] = (),
     **overrides,
 ) -> VisionTransformer:
     """Build a Vision Transformer with softmax or Kolmogorov-Arnold attention.
 
     Args:
         name: "vit_pico" | "vit_tiny" | "vit_small" | "vit_base".
-        attention: "karat" | "softmax". A softmax model has no operator, so the operator's arguments play no part in it:
-            twins are built by two calls that differ in this word alone.
+        attention: "karat" | "softmax" | "hybrid". A softmax model has no operator, so the operator's arguments play no
+            part in it: twins are built by two calls that differ in this word alone.
         mode: "blockwise", every block has its own h operators (the paper's GnB), or "universal", all share h (GnU).
-        grid, rank, basis, init, edge_scales: see `KArAtOperator`; rank=None is full rank.
+        grid, rank, basis, init, edge_scales, order, base, simplex, basis_options: see `KArAtOperator`; rank=None is
+            full rank.
+        softmax_heads, softmax_layers: for "hybrid", the heads (in every layer) and the layers that keep softmax.
         img_size, patch_size: pixels; N = 1 + (img_size / patch_size)^2 tokens.
         overrides: dim, depth, num_heads, in_chans, to depart from the named size.
 
@@ -175,19 +187,66 @@ def create_model(
         name=name, attention=attention, img_size=img_size, patch_size=patch_size, num_classes=num_classes
     )
     model.config.update(overrides)
-    if attention == "karat":
-        # The operator goes in after the body has drawn its random numbers: with one seed, twins start from the same
-        # weights everywhere else.
-        basis = make_basis(basis, grid)
-        args = dict(basis=basis, rank=rank, init=init, edge_scales=edge_scales)
-        operator = KArAtOperator(size["num_heads"], model.pos_embed.shape[1], **args)
-        for i, block in enumerate(model.blocks):
-            shared = i == 0 or mode == "universal"
-            block.attn.activation = (
-                operator if shared else KArAtOperator(operator.num_heads, operator.num_tokens, **args)
-            )
-        model.config.update(args, basis=basis.name, grid=basis.grid, mode=mode)
+    softmax = _softmax_parts(attention, softmax_heads, softmax_layers, size["num_heads"], size["depth"])
+    if attention != "softmax":
+        options = dict(order=order, base=base, simplex=simplex, basis_options=basis_options)
+        args = dict(basis=basis, grid=grid, rank=rank, init=init, edge_scales=edge_scales, **options)
+        operators = _put_operators(model, args, mode, *softmax)
+        basis = operators[0].basis if operators else make_basis(basis, grid, **(basis_options or {}))
+        model.config.update(basis=basis.name, rank=rank, init=init, edge_scales=edge_scales, grid=basis.grid, mode=mode)
+        # Only what is not the default: cards from before these options still describe the same model.
+        said = {**options, "basis_options": basis.options, "softmax_heads": softmax[0], "softmax_layers": softmax[1]}
+        model.config.update({key: value for key, value in said.items() if value and value != "w_phi"})
     return model
+
+
+def _softmax_parts(attention, softmax_heads, softmax_layers, num_heads: int, depth: int) -> tuple[list, list]:
+    """The heads and the layers that keep softmax, checked."""
+    heads = check_heads(num_heads, softmax_heads)
+    layers = sorted({at_least("softmax layer", layer, 0) for layer in softmax_layers})
+    if layers and layers[-1] >= depth:
+        raise ValueError(f"softmax layer {layers[-1]} is not there: this model has layers 0 .. {depth - 1}.")
+    if (attention == "hybrid") != bool(heads or layers):
+        raise ValueError(
+            f"attention = {attention!r} with softmax_heads = {heads} and softmax_layers = {layers}: 'hybrid' takes at "
+            "least one of the two, 'karat' and 'softmax' take neither."
+        )
+    return heads, layers
+
+
+def _put_operators(model: VisionTransformer, args: dict, mode: str, softmax_heads, softmax_layers) -> list:
+    """Give every block that shall have one an operator: its own, or in universal mode the first one's."""
+    heads, tokens = model.blocks[0].attn.num_heads, model.pos_embed.shape[1]
+    if len(softmax_heads) == heads:
+        return []
+    # The operators go in after the body has drawn its random numbers: with one seed, twins start from the same weights
+    # everywhere else.
+    made: list[KArAtOperator] = []
+    for layer, block in enumerate(model.blocks):
+        if layer not in softmax_layers:
+            if not made or mode == "blockwise":
+                made.append(KArAtOperator(heads - len(softmax_heads), tokens, **args))
+            hybrid = HybridActivation(heads, softmax_heads, made[-1]) if softmax_heads else made[-1]
+            block.attn.activation = hybrid
+    return made
+
+
+@torch.no_grad()
+def resize(model: VisionTransformer, img_size: int) -> VisionTransformer:
+    """The same model for images of another size: positions and operators are interpolated to the new token grid.
+
+    Nothing is trained. At equal size all numbers stay the same. The patch size stays, so N changes; sums over tokens
+    keep their size (`KArAtOperator.resized`). Raises `ValueError` where the image cannot be cut, and see there.
+    """
+    new = create_model(**{**model.config, "img_size": img_size})
+    side = img_size // model.patch_size
+    moved = {id(operator): operator.resized(side) for operator in model.operators()}
+    for mine, its in zip(new.operators(), model.operators(), strict=True):
+        mine.load_state_dict(moved[id(its)].state_dict())
+    state = {key: value for key, value in model.state_dict().items() if ".attn.activation." not in key}
+    state["pos_embed"], _ = resize_tokens(state["pos_embed"], 1, side)
+    new.load_state_dict(state, strict=False)
+    return new.to(model.pos_embed.device, model.pos_embed.dtype).train(model.training)
 
 
 def load_timm_weights(model: VisionTransformer, source: nn.Module) -> list[str]:

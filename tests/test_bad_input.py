@@ -40,7 +40,7 @@ CASES = {
     ),
     "no dataset": (lambda: kl.load_dataset("xyz", "test"), ValueError, ["'xyz'", "'digits', 'shapes'", "folder"]),
     "split": (lambda: kl.load_dataset("digits", "tests"), ValueError, ["split 'tests'", "did you mean 'test'?"]),
-    "nothing like it": (lambda: pico(basis="xyz"), ValueError, ["unknown basis 'xyz': Choose one of 'fourier'"]),
+    "nothing like it": (lambda: pico(basis="xyz"), ValueError, ["basis 'xyz': Choose one of 'bspline', 'chebyshev'"]),
     # sizes
     "grid 0": (lambda: pico(grid=0), ValueError, ["grid must be >= 1, got 0"]),
     "grid 2.5": (lambda: pico(grid=2.5), TypeError, ["grid must be a whole number >= 1, got 2.5 of type float"]),

@@ -294,11 +294,42 @@ def test_the_command_line_trains_twins_and_writes_its_results(tmp_path, monkeypa
 
 def test_the_summary_of_seeds():
     """Mean, and standard deviation with n - 1."""
-    summary = runpy.run_module("karat_lite.train")["_summary"]
+    summaries = runpy.run_module("karat_lite.train")["_summaries"]
     runs = [{"attention": "karat", "accuracy": value} for value in (0.5, 0.7, 0.9)]
     runs += [{"attention": "softmax", "accuracy": 0.1}]
-    assert summary(runs, "karat") == pytest.approx({"mean": 0.7, "std": 0.2, "seeds": 3})
-    assert summary(runs, "softmax") == pytest.approx({"mean": 0.1, "std": 0.0, "seeds": 1})
+    assert summaries(runs)["karat"] == pytest.approx({"mean": 0.7, "std": 0.2, "seeds": 3})
+    assert summaries(runs)["softmax"] == pytest.approx({"mean": 0.1, "std": 0.0, "seeds": 1})
+
+
+def test_the_command_line_trains_variants_and_resumes_their_table(tmp_path, monkeypatch, capsys):
+    """Each basis with each order, softmax once; a table that was interrupted goes on where it stood."""
+    results = tmp_path / "variants.json"
+    options = "--data digits --epochs 1 --limit 64 --rank 4 --basis fourier dog --order w_phi full".split()
+    options += ["--results", results, "--resume"]
+    command_line(monkeypatch, *options)
+    written = json.loads(results.read_text())
+    names = ["softmax", *(f"karat {basis} {order}" for basis in ("fourier", "dog") for order in ("w_phi", "full"))]
+    assert [run["attention"] for run in written["runs"]] == names == list(written["summary"])
+    assert [run["config"].get("rank") for run in written["runs"]] == [None, 4, None, 4, None]
+    assert [run["config"].get("basis") for run in written["runs"]] == [None, "fourier", "fourier", "dog", "dog"]
+    lost = written["runs"].pop(2)
+    results.write_text(json.dumps(written))
+    capsys.readouterr()
+    command_line(monkeypatch, *options)
+    assert capsys.readouterr().out.count("already in the results") == 4
+    again = json.loads(results.read_text())["runs"]
+    assert again[:4] == written["runs"] and again[4]["accuracy"] == lost["accuracy"]
+    with pytest.raises(ValueError, match="holds runs of another command .*: give the same one, or another file"):
+        command_line(monkeypatch, *options, "--lr", "0.1")
+
+
+def test_the_command_line_trains_hybrids(tmp_path, monkeypatch):
+    results = tmp_path / "hybrid.json"
+    options = "--data digits --epochs 1 --limit 64 --attention hybrid --softmax-heads 0 2 --softmax-layers 1".split()
+    command_line(monkeypatch, *options, "--base", "silu", "--simplex", "--results", results)
+    (run,) = json.loads(results.read_text())["runs"]
+    expected = dict(attention="hybrid", softmax_heads=[0, 2], softmax_layers=[1], base="silu", simplex=True)
+    assert expected.items() <= run["config"].items()
 
 
 def test_the_command_line_explains_itself(monkeypatch, capsys):
