@@ -60,8 +60,7 @@ class EdgeBasis(Basis):
 class Rational(EdgeBasis):
     """phi(x) = (a_0 + a_1 x + ... + a_m x^m) / (1 + |b_1 x + ... + b_n x^n|), safe Pade; P = m + 1 + n: a, then b.
 
-    `degrees` is (m, n), (5, 4) by default. For |x| > 1 numerator and denominator are divided by x^n and evaluated in
-    1/x, so that no power overflows.
+    `degrees` is (m, n), (5, 4) by default. For |x| > 1 both polynomials are evaluated in 1/x: no power overflows.
     """
 
     def __init__(self, grid: int, degrees: tuple[int, int] = (5, 4)):
@@ -76,14 +75,16 @@ class Rational(EdgeBasis):
 
     def evaluate(self, x: Tensor, coef: Tensor) -> Tensor:
         m, n = self.options["degrees"]
-        a, b = coef[..., : m + 1].unbind(-1), coef[..., m + 1 :].unbind(-1)
-        far = x.abs() > 1
-        # Each branch sees arguments of its own half only: the other's would put NaN into the gradient.
-        near_x, far_x = torch.where(far, 1.0, x), torch.where(far, x, 1.0)
-        t = 1 / far_x
-        near = _horner(a, near_x) / (1 + (near_x * _horner(b, near_x)).abs())
-        top, bottom = _horner(a[::-1], t), t.abs() ** n + _horner(b[::-1], t).abs()
-        return torch.where(far, top / bottom * far_x.sign() ** n * far_x ** (m - n), near)
+        # With s = max(|x|, 1), u = x / s and v = 1 / s, both polynomials are s^m and s^n times sums of u^i v^(m - i):
+        # powers in x where it is small, in 1/x where it is large. They are the same on every edge, so that a sum over i
+        # is a matrix product.
+        s = x.abs().clamp(min=1.0)
+        u, v = _powers(x / s, max(m, n)), _powers(1 / s, max(m, n))
+        top = torch.stack([u[i] * v[m - i] for i in range(m + 1)], dim=-1)
+        bottom = torch.stack([u[i] * v[n - i] for i in range(1, n + 1)], dim=-1)
+        a, b = coef[..., : m + 1], coef[..., m + 1 :]
+        value = torch.einsum("...i,...i->...", top, a) / (v[n] + torch.einsum("...i,...i->...", bottom, b).abs())
+        return value * _powers(s if m >= n else 1 / s, abs(m - n))[-1]
 
     @torch.no_grad()
     def draw(self, coef: Tensor, init: str, num_edges: int) -> None:
@@ -104,12 +105,12 @@ class Rational(EdgeBasis):
         return torch.cat([coef[..., : m + 1] * factor.unsqueeze(-1), coef[..., m + 1 :]], dim=-1)
 
 
-def _horner(coefficients, x: Tensor) -> Tensor:
-    """c_0 + c_1 x + c_2 x^2 + ..."""
-    value = coefficients[-1]
-    for c in coefficients[-2::-1]:
-        value = c + value * x
-    return value + torch.zeros_like(x)  # of full shape also when there is one coefficient
+def _powers(x: Tensor, highest: int) -> list[Tensor]:
+    """1, x, x^2, ..., x^highest."""
+    powers = [torch.ones_like(x)]
+    for _ in range(highest):
+        powers.append(powers[-1] * x)
+    return powers
 
 
 class Wavelet(EdgeBasis):

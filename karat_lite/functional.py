@@ -20,6 +20,7 @@ from .bases import Basis, LinearBasis
 from .checks import one_of
 
 BACKENDS = ("reference", "contraction")
+AT_ONCE = 1 << 20  # numbers that an edge basis evaluates at a time: planes that stay near the processor's cache
 
 
 def attention_scores(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
@@ -39,11 +40,12 @@ def apply_operator(x: Tensor, basis: Basis, coef: Tensor) -> Tensor:
     """Y_kp = sum_q phi_pq(x_kq): x (B, h, k, q), coef (h, p, q, F) -> Y (B, h, k, p).
 
     Linear basis: a contraction over q and f. The maps psi_f are evaluated once per score, and no array of p copies of x
-    ever exists. Edge basis: one unit p after the other, and nothing of a unit is kept for its backward pass, so that no
-    such array exists there either.
+    ever exists. Edge basis: as many units at a time as make `AT_ONCE` numbers, at least one, and nothing of them is
+    kept for the backward pass: for scores of any size that matters no such array exists there either.
     """
     if not isinstance(basis, LinearBasis):
-        return torch.stack([_unit(x, basis, theta) for theta in coef.unbind(dim=1)], dim=-1)
+        some = max(1, AT_ONCE // max(1, x.numel()))
+        return torch.cat([_edge_units(x, basis, theta) for theta in coef.split(some, dim=1)], dim=-1)
     rows = rearrange(x, "B h k q -> h (B k) q")  # a head's operator is the same for every row of every image
     y = coef.new_zeros(())
     for f, psi in basis.maps(rows):
@@ -51,11 +53,11 @@ def apply_operator(x: Tensor, basis: Basis, coef: Tensor) -> Tensor:
     return rearrange(y, "h (B k) p -> B h k p", k=x.shape[2])  # k, not B: a batch may be empty
 
 
-def _unit(x: Tensor, basis: Basis, theta: Tensor) -> Tensor:
-    """sum_q phi(x_kq; theta_q) for one unit: x (B, h, k, q), theta (h, q, P) -> (B, h, k); recomputed when needed."""
+def _edge_units(x: Tensor, basis: Basis, theta: Tensor) -> Tensor:
+    """sum_q phi(x_kq; theta_pq): x (B, h, k, q), theta (h, p, q, P) -> (B, h, k, p); computed again when needed."""
 
     def compute(x, theta):
-        return basis.evaluate(x, rearrange(theta, "h q P -> h 1 q P")).sum(dim=-1)
+        return basis.evaluate(rearrange(x, "B h k q -> B h k 1 q"), rearrange(theta, "h p q P -> h 1 p q P")).sum(-1)
 
     if not (torch.is_grad_enabled() and (x.requires_grad or theta.requires_grad)):
         return compute(x, theta)
