@@ -22,8 +22,8 @@ from .checkpoints import write_whole
 from .data import load_dataset
 from .operators import INITS, ORDERS
 from .recipes import RECIPES
-from .training import train
-from .vit import ATTENTIONS, MODES, SIZES, create_model
+from .training import evaluate, train
+from .vit import ATTENTIONS, MODES, SIZES, create_model, resize
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = dataclasses.replace(RECIPES[args.recipe], **changed)
     train_data = load_dataset(args.data, "train", img_size=args.img_size, limit=args.limit)
     test_data = load_dataset(args.data, "test", img_size=train_data.img_size)
+    larger = None if args.resize_to is None else load_dataset(args.data, "test", img_size=args.resize_to)
     variants = _variants(args)
 
     def build(variant, seed):
@@ -43,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
         return create_model(args.model, **variants[variant], **size)
 
     for variant in variants:
-        build(variant, seed=0)  # an option that does not fit is told before anything is trained, not after
+        model = build(variant, seed=0)  # an option that does not fit is told before anything is trained, not after
+        if larger is not None:
+            resize(model, larger.img_size)
 
     results = {
         "command": command,
@@ -82,6 +85,9 @@ def main(argv: list[str] | None = None) -> None:
                     "test_accuracy": [round(a, 5) for a in history.column("test_accuracy")],
                 }
             )
+            if larger is not None:
+                resized = evaluate(resize(model, larger.img_size), larger, args.device)
+                results["runs"][-1]["resized"] = {"img_size": larger.img_size, "accuracy": resized["accuracy"]}
             results["summary"] = _summaries(results["runs"])
             if args.results is not None:  # after every run: an interruption loses one, not all
                 args.results.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--softmax-layers", nargs="+", type=int, default=[], help="of a hybrid")
     add("--init", default="variance", choices=INITS)
     add("--img-size", type=int, help="pixels (default: the dataset's own)")
+    add("--resize-to", type=int, help="pixels: test the trained model at this size too, resized without training")
     add("--patch-size", type=int, help="pixels (default: 4, or 2 for images smaller than 16)")
     add("--limit", type=int, help="use this many training images")
     add("--recipe", default="small", choices=list(RECIPES))

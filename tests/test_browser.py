@@ -189,7 +189,7 @@ class Page:
         while time.monotonic() < end:
             truth = self.truth()[number]
             shown = self.shown(number)
-            if str(truth["values"][name]) == said() and shown == truth["drawn"] != before:
+            if same(truth["values"][name], said()) and shown == truth["drawn"] != before:
                 return truth
             time.sleep(0.1)
         pytest.fail(f"{self.name}, explorer {number}: shows {shown[:8]}, before {before[:8]}, {name} {said()}, {truth}")
@@ -197,6 +197,11 @@ class Page:
     def snap(self, number: int, what: str) -> None:
         PICTURES.mkdir(parents=True, exist_ok=True)
         self.explorers[number].screenshot(path=PICTURES / f"{self.name}_{number}_{what}.png")
+
+
+def same(value, said: str) -> bool:
+    """Whether a control's value is what the page says: a slider shows -1.5 as −1.50."""
+    return str(value) == said if isinstance(value, str) else float(said.replace("−", "-")) == pytest.approx(value)
 
 
 def drag(page: Page, slider) -> None:
@@ -229,7 +234,7 @@ def try_sliders(page: Page) -> None:
         others = start[number]["values"] | {name: pressed["values"][name]}
         assert start[number]["values"][name] != dragged["values"][name] > pressed["values"][name]
         assert pressed["values"] == others, "a slider moves its own value only"
-        assert f"{name} = {pressed['values'][name]}" in explorer.inner_text()
+        assert f"{name} = {pressed['values'][name]:g}" in explorer.inner_text()
         assert pressed["error"] == "" and explorer.locator(".karat-error").count() == 0
         page.snap(number, "keyboard")
 

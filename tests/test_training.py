@@ -323,6 +323,19 @@ def test_the_command_line_trains_variants_and_resumes_their_table(tmp_path, monk
         command_line(monkeypatch, *options, "--lr", "0.1")
 
 
+def test_the_command_line_tests_at_another_size(tmp_path, monkeypatch):
+    results = tmp_path / "resized.json"
+    options = "--data digits --img-size 16 --patch-size 4 --epochs 2 --limit 400 --resize-to"
+    command_line(monkeypatch, *options.split(), "16", "--results", results)
+    for run in json.loads(results.read_text())["runs"]:
+        assert run["resized"] == {"img_size": 16, "accuracy": run["accuracy"]}
+    command_line(monkeypatch, *options.split(), "24", "--results", results)
+    for run in json.loads(results.read_text())["runs"]:
+        assert run["resized"]["img_size"] == 24 and 0.1 < run["resized"]["accuracy"] <= 1
+    with pytest.raises(ValueError, match="img_size = 25 is not divisible by patch_size = 4"):
+        command_line(monkeypatch, *options.split(), "25")
+
+
 def test_the_command_line_trains_hybrids(tmp_path, monkeypatch):
     results = tmp_path / "hybrid.json"
     options = "--data digits --epochs 1 --limit 64 --attention hybrid --softmax-heads 0 2 --softmax-layers 1".split()
