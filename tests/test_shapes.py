@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from karat_lite import shapes
 from karat_lite.shapes import OUTLINES, SHAPE_CLASSES, draw_shapes
@@ -74,18 +75,16 @@ def test_only_the_outline_tells_the_classes_apart(drawn):
     area = masks.float().mean(dim=(1, 2))
     means = torch.stack([area[labels == c].mean() for c in range(classes)])
     assert (means / means.mean() - 1).abs().max() < 0.05  # also: the areas stated in OUTLINES are right
-    linear_model = pytest.importorskip("sklearn.linear_model")
     colour = images.float().mean(dim=(2, 3)).numpy() / 255
-    model = linear_model.LogisticRegression(max_iter=100).fit(colour[:2000], labels[:2000])
+    model = LogisticRegression(max_iter=100).fit(colour[:2000], labels[:2000])
     assert model.score(colour[2000:], labels[2000:]) < 1 / classes + 0.05
 
 
 def test_a_linear_model_stays_far_below_half(drawn):
     """Pixels halved to 16 x 16, where a linear model does best: full size only gives it more to memorise."""
-    linear_model = pytest.importorskip("sklearn.linear_model")
     small = torch.nn.functional.avg_pool2d(drawn[0].float() / 127.5 - 1, 2).flatten(1).numpy()
     labels = drawn[1]
-    model = linear_model.LogisticRegression(C=0.003, max_iter=60, tol=1e-2).fit(small[:2000], labels[:2000])
+    model = LogisticRegression(C=0.003, max_iter=60, tol=1e-2).fit(small[:2000], labels[:2000])
     assert 0.15 < model.score(small[2000:], labels[2000:]) < 0.40
 
 
