@@ -106,8 +106,12 @@ class KArAtOperator(nn.Module):
                 scale.fill_(1.0)
 
     def units(self, stage: str = "") -> tuple[Basis, Tensor]:
-        """The functions of Phi ("") or Phi2 ("2") with base activation and scales merged in: a basis, and its coef."""
+        """The functions of Phi ("") or Phi2 ("2") with base activation and scales merged in: a basis, and its coef.
+
+        The coefficients are given in float32 or better, as the basis is computed.
+        """
         coef, w_b, w_s = (getattr(self, f"{name}{stage}") for name in ("coef", "w_b", "w_s"))
+        coef, w_b, w_s = wide(coef), None if w_b is None else wide(w_b), None if w_s is None else wide(w_s)
         basis = self.basis
         if w_s is not None:
             coef = basis.scaled(coef, w_s)
@@ -128,7 +132,7 @@ class KArAtOperator(nn.Module):
         with torch.autocast(device_type=scores.device.type, enabled=False):
             x, stage = wide(scores), ""
             if self.order == "phi_w":
-                x = x @ self.weight.transpose(-2, -1)
+                x = x @ wide(self.weight).transpose(-2, -1)
             elif self.order == "phi_phi":
                 x, stage = apply_operator(x, *self.units()), "2"
             basis, coef = self.units(stage)
@@ -145,11 +149,11 @@ class KArAtOperator(nn.Module):
         if self.order == "w_phi" and not self.simplex:
             return functional.karat_attention(q, k, v, *self.units(), self.weight)
         scores = functional.attention_scores(q, k)
-        if self.simplex:
-            return (self.activate(scores) @ wide(v)).to(v.dtype)
         with torch.autocast(device_type=q.device.type, enabled=False):
+            if self.simplex:
+                return (self.activate(scores) @ wide(v)).to(v.dtype)
             if self.order == "phi_w":
-                x, (basis, coef) = scores @ self.weight.transpose(-2, -1), self.units()
+                x, (basis, coef) = scores @ wide(self.weight).transpose(-2, -1), self.units()
             else:
                 x, (basis, coef) = apply_operator(scores, *self.units()), self.units("2")
             return mix_values(x, basis, coef, wide(v)).to(v.dtype)

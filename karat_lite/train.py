@@ -101,6 +101,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def _variants(args) -> dict[str, dict]:
     """Name -> arguments of create_model: every attention, and for those that learn each basis with each order."""
+    if (args.softmax_heads or args.softmax_layers) and "hybrid" not in args.attention:
+        raise ValueError(
+            "--softmax-heads and --softmax-layers are for hybrids: add --attention hybrid, or leave them out."
+        )
     found: dict[str, dict] = {}
     for attention in args.attention:
         for basis, order in itertools.product(args.basis, args.order):

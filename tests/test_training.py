@@ -343,6 +343,8 @@ def test_the_command_line_trains_hybrids(tmp_path, monkeypatch):
     (run,) = json.loads(results.read_text())["runs"]
     expected = dict(attention="hybrid", softmax_heads=[0, 2], softmax_layers=[1], base="silu", simplex=True)
     assert expected.items() <= run["config"].items()
+    with pytest.raises(ValueError, match="are for hybrids: add --attention hybrid, or leave them out"):
+        command_line(monkeypatch, "--data", "digits", "--softmax-heads", "0")
 
 
 def test_the_command_line_explains_itself(monkeypatch, capsys):

@@ -185,6 +185,25 @@ def test_a_projected_operator(order, rank):
     assert error(op.attend(q, k, v), maps @ v) <= 1e-12
 
 
+@pytest.mark.parametrize("order, rank", KINDS)
+@pytest.mark.parametrize("simplex", [False, True])
+@pytest.mark.parametrize("half", ["autocast", "parameters"])
+def test_scores_and_basis_stay_in_single_precision(order, rank, simplex, half):
+    """Under autocast, and in a model whose parameters are bfloat16: as exact as float32 is from the same numbers."""
+    op = operator(order=order, rank=rank, simplex=simplex, edge_scales=True, base="silu").float()
+    inputs = [x.float() for x in qkv()]
+    if half == "parameters":
+        op, inputs = op.bfloat16(), [x.bfloat16() for x in inputs]
+    exact = operator(order=order, rank=rank, simplex=simplex, edge_scales=True, base="silu")
+    exact.load_state_dict(op.state_dict())
+    q, k, v = (x.double() for x in inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half == "autocast"):
+        maps, out = op.activate(attention_scores(*inputs[:2])), op.attend(*inputs)
+    assert maps.dtype == torch.float32 and out.dtype == inputs[2].dtype
+    assert error(maps.double(), exact.activate(attention_scores(q, k))) < 1e-4
+    assert error(out.double(), exact.attend(q, k, v)) < (1e-4 if half == "autocast" else 2**-8)
+
+
 # ---- hybrids --------------------------------------------------------------------------------------------------------
 
 PICO = dict(img_size=8, patch_size=2, depth=3)
@@ -333,7 +352,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
-@pytest.mark.parametrize("basis", ["rational", "dog"])
+@pytest.mark.parametrize("basis", ["rational", "dog", "meyer"])
 def test_bases_with_parameters_inside_fit_in_six_gigabytes(basis):
     """ViT-Tiny at 224 pixels, rank 12, four images, forward and backward: peak resident memory of the process."""
     run = subprocess.run([sys.executable, "-c", PEAK, basis], capture_output=True, text=True, check=True)
