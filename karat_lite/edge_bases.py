@@ -169,13 +169,14 @@ class Meyer(Wavelet):
     @staticmethod
     def psi(x: Tensor) -> Tensor:
         size = x.abs()
-        t = _nu(size.clamp(max=1.0))
-        window = torch.cos(0.5 * math.pi * _nu((2 * t - 1).clamp(0.0, 1.0)))  # cos 0 = 1 up to t = 1/2, 0 at t = 1
-        return torch.sin(math.pi * size) * torch.where(size < 1, window, 0.0)
+        t = _nu(1 - torch.relu(1 - size))  # clamped at 1; relu is faster than clamp, and here t <= 1
+        window = torch.cos(0.5 * math.pi * _nu(torch.relu(2 * t - 1)))  # cos 0 = 1 up to t = 1/2, 0 at t = 1
+        return torch.sin(math.pi * size) * window * (size < 1)
 
 
 def _nu(t: Tensor) -> Tensor:
-    return t**4 * (35 - 84 * t + 70 * t**2 - 20 * t**3)
+    square = t * t
+    return square * square * (35 - t * (84 - t * (70 - 20 * t)))
 
 
 @register_basis("shannon")
@@ -184,8 +185,9 @@ class Shannon(Wavelet):
 
     @staticmethod
     def psi(x: Tensor) -> Tensor:
+        zero = x == 0  # sin(x)/x, and 1 there
         window = 0.54 + 0.46 * torch.cos(0.5 * x)
-        return torch.where(x.abs() <= 2 * math.pi, torch.sinc(x / math.pi) * window, 0.0)
+        return (torch.sin(x) + zero) / (x + zero) * window * (x.abs() <= 2 * math.pi)
 
 
 class _EdgeWithBase(EdgeBasis):

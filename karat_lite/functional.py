@@ -20,7 +20,7 @@ from .bases import Basis, LinearBasis
 from .checks import one_of
 
 BACKENDS = ("reference", "contraction")
-AT_ONCE = 1 << 20  # numbers that an edge basis evaluates at a time: planes that stay near the processor's cache
+AT_ONCE = 1 << 18  # numbers that an edge basis evaluates at a time: planes that stay in the processor's cache
 
 
 def attention_scores(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
@@ -40,12 +40,15 @@ def apply_operator(x: Tensor, basis: Basis, coef: Tensor) -> Tensor:
     """Y_kp = sum_q phi_pq(x_kq): x (B, h, k, q), coef (h, p, q, F) -> Y (B, h, k, p).
 
     Linear basis: a contraction over q and f. The maps psi_f are evaluated once per score, and no array of p copies of x
-    ever exists. Edge basis: as many units at a time as make `AT_ONCE` numbers, at least one, and nothing of them is
+    ever exists. Edge basis: as many columns q at a time as make `AT_ONCE` numbers, at least one, and nothing of them is
     kept for the backward pass: for scores of any size that matters no such array exists there either.
     """
     if not isinstance(basis, LinearBasis):
-        some = max(1, AT_ONCE // max(1, x.numel()))
-        return torch.cat([_edge_units(x, basis, theta) for theta in coef.split(some, dim=1)], dim=-1)
+        columns, theta = rearrange(x, "B h k q -> h q 1 (B k)"), rearrange(coef, "h p q P -> h q p 1 P")
+        some = max(1, AT_ONCE // max(1, columns[:, 0].numel() * coef.shape[1]))
+        parts = zip(columns.split(some, dim=1), theta.split(some, dim=1), strict=True)
+        y = sum(_edge_units(x_q, basis, theta_q) for x_q, theta_q in parts)
+        return rearrange(y, "h p (B k) -> B h k p", k=x.shape[2])
     rows = rearrange(x, "B h k q -> h (B k) q")  # a head's operator is the same for every row of every image
     y = coef.new_zeros(())
     for f, psi in basis.maps(rows):
@@ -54,10 +57,10 @@ def apply_operator(x: Tensor, basis: Basis, coef: Tensor) -> Tensor:
 
 
 def _edge_units(x: Tensor, basis: Basis, theta: Tensor) -> Tensor:
-    """sum_q phi(x_kq; theta_pq): x (B, h, k, q), theta (h, p, q, P) -> (B, h, k, p); computed again when needed."""
+    """sum_q phi(x_q; theta_pq): x (h, q, 1, rows), theta (h, q, p, 1, P) -> (h, p, rows), computed twice, not kept."""
 
     def compute(x, theta):
-        return basis.evaluate(rearrange(x, "B h k q -> B h k 1 q"), rearrange(theta, "h p q P -> h 1 p q P")).sum(-1)
+        return basis.evaluate(x, theta).sum(dim=1)
 
     if not (torch.is_grad_enabled() and (x.requires_grad or theta.requires_grad)):
         return compute(x, theta)
