@@ -1,18 +1,19 @@
 """karat_lite: Kolmogorov-Arnold attention for Vision Transformers, small and readable.
 
-Ground floor first: checks, bases and edge_bases, functional, operators, attention, vit; data, recipes, checkpoints,
-training beside them. `plots`, `widgets` and `notebook` bring matplotlib and ipywidgets with them, so they load when
-first named.
+Ground floor first: checks; bases, fourier, edge_bases; kernels, recompute, functional; operators, attention, vit; data,
+recipes, checkpoints, training beside them. `plots`, `widgets` and `notebook` bring matplotlib and ipywidgets with them,
+so they load when first named.
 """
 
 import importlib
 
 from . import checkpoints, data, edge_bases, functional, recipes, training
 from .attention import AttentionRecord, HybridActivation, KArAttention, MultiHeadAttention, SoftmaxActivation
-from .bases import Basis, Fourier, LinearBasis, available_bases, make_basis, register_basis
+from .bases import Basis, LinearBasis, available_bases, make_basis, register_basis
 from .checkpoints import available_checkpoints, load_checkpoint, save_checkpoint
 from .data import load_dataset
 from .edge_bases import EdgeBasis
+from .fourier import Fourier
 from .operators import KArAtOperator
 from .recipes import RECIPES, Recipe
 from .training import History, evaluate

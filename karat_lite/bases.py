@@ -6,7 +6,8 @@ c_pqf differ from edge to edge. Everything that makes KArAt affordable follows f
 whose parameters stand inside the non-linearity have a file of their own: edge_bases.py.
 """
 
-from collections.abc import Iterator
+import ast
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -66,6 +67,18 @@ def make_basis(basis: "str | Basis", grid: int = 3, **options) -> "Basis":
     return made
 
 
+def basis_from_key(key: str) -> "Basis":
+    """The basis that a `Basis.key` names."""
+    name, grid, options, base = ast.literal_eval(key)
+    basis = make_basis(name, grid, **options)
+    return basis if base is None else basis.with_base(base)
+
+
+def wide(x: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32; float32 and float64 stay."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 class Basis:
     """What both kinds of basis have in common: a name, a grid size, a number of parameters per edge, a start.
 
@@ -77,6 +90,12 @@ class Basis:
 
     def __init__(self, grid: int):
         self.grid, self.options = at_least("grid", grid, 1), {}
+
+    @property
+    def key(self) -> str:
+        """Name, grid, options and base activation as text: `basis_from_key` makes the like of a registered basis."""
+        options = ", ".join([f"{name!r}: {value!r}" for name, value in self.options.items()])
+        return f"({self.name!r}, {self.grid}, {{{options}}}, {getattr(self, 'base', None)!r})"
 
     @property
     def num_parameters(self) -> int:
@@ -140,6 +159,15 @@ class LinearBasis(Basis):
         maps = dict(self.maps(x))
         return torch.stack([maps[f] for f in range(self.num_features)], dim=-1)
 
+    def write(self, x: Tensor, out: Sequence[Tensor]) -> None:
+        """Raw maps chi_g(x) into out[g], each of the shape of x, without a graph: psi itself, or what is cheaper."""
+        for f, psi in self.maps(x):
+            out[f].copy_(psi)
+
+    def mixing(self) -> tuple[Tensor, Tensor] | None:
+        """(M, D), each (F, F): psi_f = sum_g M_fg chi_g and psi_f' = sum_g D_fg chi_g; None: chi = psi, D unknown."""
+        return None
+
     def evaluate(self, x: Tensor, coef: Tensor) -> Tensor:
         return (self.features(x) * coef).sum(dim=-1)
 
@@ -174,29 +202,6 @@ class LinearBasis(Basis):
                 f"basis {self.name!r}: each map must have the shape of x; for x of shape {tuple(x.shape)} "
                 f"the map f = {min(odd)} has {odd[min(odd)]}."
             )
-
-
-@register_basis("fourier")
-class Fourier(LinearBasis):
-    """phi(x) = sum_{m=1..G} a_m cos(m x) + b_m sin(m x) (paper, section 1); F = 2G, ordered cos 1..G, then sin 1..G.
-
-    There is no constant term: cos and sin of the first G harmonics are the whole family.
-    """
-
-    @property
-    def num_features(self) -> int:
-        return 2 * self.grid
-
-    def maps(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        # One cosine and one sine per score whatever G is; the harmonics follow by angle addition, which stays accurate
-        # (error 1.6e-6 at m = 32 in float32) where the Chebyshev three-term recurrence drifts (3.5e-5).
-        cos_1, sin_1 = torch.cos(x), torch.sin(x)
-        cos_m, sin_m = cos_1, sin_1
-        for m in range(1, self.grid + 1):
-            if m > 1:
-                cos_m, sin_m = cos_m * cos_1 - sin_m * sin_1, sin_m * cos_1 + cos_m * sin_1
-            yield m - 1, cos_m
-            yield self.grid + m - 1, sin_m
 
 
 def _check_reach(reach: float) -> float:

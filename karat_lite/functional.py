@@ -16,10 +16,11 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .bases import Basis, LinearBasis
+from .bases import Basis, LinearBasis, wide
 from .checks import one_of
+from .recompute import recompute
 
-BACKENDS = ("reference", "contraction")
+BACKENDS = ("reference", "contraction", "recompute")
 AT_ONCE = 1 << 18  # numbers that an edge basis evaluates at a time: planes that stay in the processor's cache
 
 
@@ -108,19 +109,41 @@ def karat_attention(
             last axis holds its P parameters.
         weight: (h, N, r), the projector W; None for the full-rank operator, whose r is N.
         scale: factor of the scores, 1 / sqrt(d) by default.
-        backend: "reference" writes the definition down in einops and forms every intermediate; "contraction" gives the
-            same numbers without the activated map; "auto" is "contraction".
+        backend:
+            "reference"    the definition in einops; forms every intermediate.
+            "contraction"  the same numbers without the activated map, readable; keeps scores and maps for the backward
+                           pass. Any basis; can be differentiated twice.
+            "recompute"    keeps q, k, v, coef, weight and Y alone, computes the rest again, block by block. Any linear
+                           basis, any device; differentiable once.
+            "auto"         (default) "recompute" for a linear basis, else "contraction".
 
     Returns (B, h, N, d) in the type of v. Scores and basis are computed in float32 or better.
-    Raises `ValueError` for an unknown backend or shapes that do not fit. Source: paper, section 1.
+    Raises `ValueError` for an unknown backend, a backend that cannot take the basis, shapes that do not fit, or tensors
+    on several devices. Source: paper, section 1.
     """
-    backend = one_of("backend", backend, (*BACKENDS, "auto"))
+    backend = choose_backend(backend, basis)
     _check_shapes(q, k, v, basis, coef, weight)
+    _check_kinds(q=q, k=k, v=v, coef=coef, weight=weight)
+    if backend == "recompute":
+        return recompute(q, k, v, basis, coef, weight, scale=q.shape[-1] ** -0.5 if scale is None else scale)
     compute = _reference if backend == "reference" else _contraction
     scores = attention_scores(q, k, scale=scale)
     with torch.autocast(device_type=q.device.type, enabled=False):
         out = compute(scores, wide(v), basis, wide(coef), None if weight is None else wide(weight))
     return out.to(v.dtype)
+
+
+def choose_backend(backend: str, basis: Basis) -> str:
+    """The backend that computes, for a name that may be "auto"; `ValueError` where it cannot take the basis."""
+    linear = isinstance(basis, LinearBasis)
+    if one_of("backend", backend, (*BACKENDS, "auto")) == "auto":
+        return "recompute" if linear else "contraction"
+    if backend == "recompute" and not linear:
+        raise ValueError(
+            f"backend 'recompute' takes bases that are linear in their parameters, got {basis!r}: take 'contraction' "
+            "or 'auto'. (Edge bases are computed again in the backward pass there too.)"
+        )
+    return backend
 
 
 def _reference(scores: Tensor, v: Tensor, basis: Basis, coef: Tensor, weight: Tensor | None) -> Tensor:
@@ -186,11 +209,6 @@ def project_simplex(y: Tensor) -> Tensor:
     return _ProjectSimplex.apply(wide(y)).to(y.dtype)
 
 
-def wide(x: Tensor) -> Tensor:
-    """float16 and bfloat16 become float32; float32 and float64 stay."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def _check_shapes(q, k, v, basis, coef, weight) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
@@ -208,3 +226,15 @@ def _check_shapes(q, k, v, basis, coef, weight) -> None:
         )
     if weight is not None and tuple(weight.shape) != (h, n, r):
         raise ValueError(f"weight must be (h, N, r) = {(h, n, r)}, got {tuple(weight.shape)}.")
+
+
+def _check_kinds(**tensors: Tensor | None) -> None:
+    """One device; one type, once float16 and bfloat16 have become float32."""
+    there = {name: x for name, x in tensors.items() if x is not None}
+    for what in ("device", "type"):
+        kinds = {name: x.device if what == "device" else wide(x[:0]).dtype for name, x in there.items()}
+        if len(set(kinds.values())) > 1:
+            found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+            raise ValueError(
+                f"all tensors must be on one device and of one type (half precision counts as float32), got {found}."
+            )

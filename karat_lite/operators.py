@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .bases import BASE_ACTIVATIONS, Basis, make_basis
+from .bases import BASE_ACTIVATIONS, Basis, make_basis, wide
 from .checks import at_least, one_of
-from .functional import apply_operator, mix_values, project_simplex, wide
+from .functional import apply_operator, mix_values, project_simplex
+from .recompute import recompute
 from .token_grid import resize_tokens
 
 INITS = ("variance", "paper")
@@ -39,6 +40,9 @@ class KArAtOperator(nn.Module):
                     Var(c) = 1/(N G) makes Var(Y) = 1, and Var(W) = 1/(r N) makes Var(O) = Var(V). Full rank: Var(c) =
                     1/(N^2 G). Phi W: Var(W) = 1/N keeps the scores' size, Var(c) = 1/(r N G). Phi Phi: as its parts.
 
+    `backend` (an attribute, "auto") is that of `functional.karat_attention`; set it at any time. It governs w_phi, full
+    rank and phi_w; phi_phi and `simplex` are computed one way.
+
     One operator serves one token count N: its units belong to token positions; `resized` makes one for another grid.
     """
 
@@ -58,6 +62,7 @@ class KArAtOperator(nn.Module):
         basis_options: dict | None = None,
     ):
         super().__init__()
+        self.backend = "auto"
         self.num_heads = at_least("num_heads", num_heads, 1)
         self.num_tokens = at_least("num_tokens", num_tokens, 1)
         self.basis = make_basis(basis, grid, **(basis_options or {}))
@@ -147,7 +152,14 @@ class KArAtOperator(nn.Module):
         """
         self._check_tokens(q)
         if self.order == "w_phi" and not self.simplex:
-            return functional.karat_attention(q, k, v, *self.units(), self.weight)
+            return functional.karat_attention(q, k, v, *self.units(), self.weight, backend=self.backend)
+        if self.order == "phi_w" and not self.simplex:
+            basis, coef = self.units()
+            if functional.choose_backend(self.backend, basis) == "recompute":
+                # W S_k = (W K) Q_k / sqrt(d): scores against r mixed keys, then full rank on those.
+                with torch.autocast(device_type=q.device.type, enabled=False):
+                    mixed = wide(self.weight) @ wide(k)
+                return recompute(wide(q), mixed, v, basis, coef, None, scale=q.shape[-1] ** -0.5)
         scores = functional.attention_scores(q, k)
         with torch.autocast(device_type=q.device.type, enabled=False):
             if self.simplex:

@@ -69,7 +69,7 @@ SIZES = [(1, 1), (1, None), (7, 1), (7, 5), (7, 7), (7, None), (6, 5), (6, None)
 
 @pytest.mark.parametrize("tokens, rank", SIZES)
 @pytest.mark.parametrize("grid", [1, 3, 11])
-@pytest.mark.parametrize("backend", ["reference", "contraction", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "contraction", "recompute", "auto"])
 def test_output_equals_the_definition(tokens, rank, grid, backend):
     q, k, v, coef, weight = draw(tokens, rank, grid)
     _, expected = by_definition(q, k, v, coef, weight)
@@ -93,7 +93,7 @@ def test_operator_equals_the_definition(tokens, rank, grid, edge_scales):
 
 
 @pytest.mark.parametrize("rank", [3, None])
-@pytest.mark.parametrize("backend", ["reference", "contraction"])
+@pytest.mark.parametrize("backend", ["reference", "contraction", "recompute"])
 def test_views_of_packed_qkv_and_another_scale(rank, backend):
     """Attention hands over strided views of one projection, and a caller may scale the scores differently."""
     _, _, _, coef, weight = draw(5, rank, 3)
@@ -105,7 +105,7 @@ def test_views_of_packed_qkv_and_another_scale(rank, backend):
 
 
 @pytest.mark.parametrize("rank", [2, None])
-@pytest.mark.parametrize("backend", ["reference", "contraction"])
+@pytest.mark.parametrize("backend", ["reference", "contraction", "recompute"])
 def test_gradcheck(rank, backend):
     """Against finite differences, with respect to everything that can learn."""
     q, k, v, coef, weight = draw(3, rank, 2)
@@ -173,7 +173,7 @@ def test_under_autocast_scores_and_basis_stay_in_single_precision(rank, given):
 
 
 @pytest.mark.parametrize("rank", [3, None])
-@pytest.mark.parametrize("backend", ["reference", "contraction"])
+@pytest.mark.parametrize("backend", ["reference", "contraction", "recompute"])
 def test_an_empty_batch_gives_an_empty_output(rank, backend):
     q, k, v, coef, weight = draw(5, rank, 1)
     out = karat_attention(q[:0], k[:0], v[:0], Fourier(1), coef, weight, backend=backend)

@@ -1,0 +1,172 @@
+"""The core operation block by block, for any linear basis on any device: what a block needs stays near the processor.
+
+    S_kq = scale Q_k . K_q,    Y_ke = sum_f sum_q psi_f(S_kq) R_fqe
+
+q (B, h, M, d) asks, k (B, h, N, d) is looked at, right R (B, h, F, N, e), or (1, h, F, N, e) shared by all images.
+Scores and feature maps exist for one block at a time, in scratch that all blocks share, and are computed anew in the
+backward pass. A block is several images of one head (or all images of several, or some rows of one): P planes. Inside
+it maps lie as (P, F, q, k), rows k last: elementwise steps run over whole planes, and the sums over f and q are one
+matrix product. Memory is head-major, (h, B, ..), so that the planes of a block lie together.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..bases import LinearBasis, basis_from_key
+
+AT_ONCE = 10 << 15  # scores of a block: 8 planes of 197 x 197
+
+
+def mix(q: Tensor, k: Tensor, right: Tensor, scale: float, basis: LinearBasis) -> Tensor:
+    """Y (B, h, M, e) for q (B, h, M, d), k (B, h, N, d), right (B or 1, h, F, N, e), all float32 or all float64."""
+    if torch.compiler.is_compiling():
+        return _mix_op(q, k, right, scale, basis.key)
+    return _mix(q, k, right, scale, basis)
+
+
+def mix_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, right: Tensor, scale: float, basis: LinearBasis
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and right, given that of Y: grad (B, h, M, e).
+
+    E_f = grad R_f^T,   dS = sum_f psi_f'(S) E_f,   dQ = scale dS K,   dK = scale dS^T Q,   dR_f = psi_f(S)^T grad
+    """
+    if torch.compiler.is_compiling():
+        return _mix_gradients_op(grad, q, k, right, scale, basis.key)
+    return _mix_gradients(grad, q, k, right, scale, basis)
+
+
+def _mix(q: Tensor, k: Tensor, right: Tensor, scale: float, basis: LinearBasis) -> Tensor:
+    q, k = q.transpose(0, 1) * scale, k.transpose(0, 1)
+    y = right.new_empty(*q.shape[:3], right.shape[-1])
+    right = right.permute(1, 0, 4, 3, 2)  # (h, B, e, N, F)
+    mixing = basis.mixing()
+    if mixing is not None:
+        right = right @ mixing[0].to(right)
+    across = right.transpose(-2, -1).flatten(3).expand(-1, q.shape[1], -1, -1)  # (h, B, e, F N)
+    for part, rows, scratch in _blocks(q, k, right.shape[-1]):
+        maps, _ = _see(part(q)[:, rows], part(k), basis, scratch)
+        part(y)[:, rows].copy_(torch.bmm(part(across), maps.flatten(1, 2)).mT)
+    return y.transpose(0, 1)
+
+
+def _mix_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, right: Tensor, scale: float, basis: LinearBasis
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, grad = q.transpose(0, 1) * scale, k.transpose(0, 1), grad.transpose(0, 1)
+    right, mixing = right.permute(1, 0, 3, 4, 2), basis.mixing()  # (h, B, N, e, F)
+    if mixing is not None:
+        mix, slopes = (matrix.to(right) for matrix in mixing)
+        right = right @ slopes  # phi' in the raw maps
+    down = right.movedim(-1, 0).contiguous().expand(-1, -1, q.shape[1], -1, -1)  # (F, h, B, N, e)
+    dq, dk = q.new_empty(q.shape), k.new_zeros(k.shape)
+    dright = right.new_zeros(*right.shape[:2], right.shape[3], down.shape[0] * down.shape[3])  # (h, B, e, F N)
+    for part, rows, scratch in _blocks(q, k, down.shape[0]):
+        of_q, of_k, of_grad = part(q)[:, rows], part(k), part(grad)[:, rows].mT.contiguous()  # (P, e, rows)
+        maps, s = _see(of_q, of_k, basis, scratch)
+        part.add_to(dright, torch.bmm(of_grad, maps.flatten(1, 2).mT))
+
+        def spread(f, part=part, of_grad=of_grad, e_f=scratch[2]):
+            return torch.bmm(part(down[f]), of_grad, out=e_f)
+
+        if mixing is None:
+            s = _through_maps(s, basis, spread)
+        else:  # the scores themselves are not needed again: the sum stands in their place
+            for f, psi in enumerate(maps.unbind(1)):
+                s = s.addcmul_(psi, spread(f)) if f else torch.mul(psi, spread(f), out=s)
+        torch.bmm(s.mT, of_k, out=part(dq)[:, rows])
+        part(dk).baddbmm_(s, of_q)  # of_q brings the factor
+    dq *= scale
+    dright = dright.unflatten(3, (down.shape[0], -1)).permute(1, 0, 4, 2, 3)  # (B, h, N, e, F)
+    if mixing is not None:
+        dright = dright @ mix.mT
+    return dq.transpose(0, 1), dk.transpose(0, 1), dright.permute(0, 1, 4, 2, 3)
+
+
+def _see(q: Tensor, k: Tensor, basis: LinearBasis, scratch: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Maps (P, F, q, k) and scores (P, q, k) of a block, q scaled already; transposed, as all in a block."""
+    maps, s, _ = scratch
+    torch.bmm(k, q.mT, out=s)
+    basis.write(s, maps.unbind(1))
+    return maps, s
+
+
+class _Part:
+    """The planes of a block, taken from head-major tensors (h, B, ...) as (P, ...)."""
+
+    def __init__(self, heads: slice, images: slice):
+        self.heads, self.images = heads, images
+        self.planes = (heads.stop - heads.start) * (images.stop - images.start)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x[self.heads, self.images].flatten(0, 1)
+
+    def add_to(self, total: Tensor, x: Tensor) -> None:
+        """x (P, ...) onto total (h, B, ...), or (h, 1, ...) that all images share."""
+        if total.shape[1] == 1:
+            total[self.heads, 0] += x.unflatten(0, (self.heads.stop - self.heads.start, -1)).sum(dim=1)
+        else:
+            self(total).add_(x)
+
+
+def _blocks(q: Tensor, k: Tensor, depth: int) -> Iterator[tuple[_Part, slice, list[Tensor]]]:
+    """(planes, rows, scratch) of blocks of about `AT_ONCE` scores: rows first, then images, then heads.
+
+    Scratch for a block: maps (P, F, q, k) with F = `depth`, and two planes (P, q, k).
+    """
+    heads, images, rows, keys = *q.shape[:3], k.shape[2]
+    some_rows = min(rows, max(1, AT_ONCE // max(1, keys)))
+    planes = max(1, AT_ONCE // max(1, keys * some_rows)) if some_rows == rows else 1
+    some_images = max(1, min(images, planes))
+    some_heads = min(heads, planes // some_images) if some_images == images else 1
+    size = some_heads * some_images * some_rows * keys
+    buffers = [q.new_empty(size * depth), q.new_empty(size), q.new_empty(size)]
+    parts = (_slices(heads, some_heads), _slices(images, some_images), _slices(rows, some_rows))
+    for h, b, m in itertools.product(*parts):
+        part = _Part(h, b)
+        plane = (keys, m.stop - m.start)
+        shapes = ((part.planes, depth, *plane), (part.planes, *plane), (part.planes, *plane))
+        yield part, m, [buffer[: math.prod(shape)].view(shape) for buffer, shape in zip(buffers, shapes, strict=True)]
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _through_maps(s: Tensor, basis: LinearBasis, spread: Callable[[int], Tensor]) -> Tensor:
+    """sum_f psi_f'(S) E_f, E_f = spread(f), through the maps' own graph: for a basis that names no slopes."""
+    with torch.enable_grad():
+        x = s.detach().clone().requires_grad_()
+        maps = {f: psi for f, psi in basis.maps(x) if psi.requires_grad}  # a constant map has no slope
+    return torch.autograd.grad(list(maps.values()), x, [spread(f).clone() for f in maps])[0] if maps else s.zero_()
+
+
+# For torch.compile: a block's steps are an operation that it takes as a whole, or it would unroll them all and, seeing
+# the scores of the forward pass in the backward pass again, keep them.
+
+
+@torch.library.custom_op("karat_lite::blocked_mix", mutates_args=())
+def _mix_op(q: Tensor, k: Tensor, right: Tensor, scale: float, basis: str) -> Tensor:
+    return _mix(q, k, right, scale, basis_from_key(basis)).contiguous()
+
+
+@_mix_op.register_fake
+def _(q, k, right, scale, basis):
+    return right.new_empty(*q.shape[:3], right.shape[-1])
+
+
+@torch.library.custom_op("karat_lite::blocked_mix_gradients", mutates_args=())
+def _mix_gradients_op(
+    grad: Tensor, q: Tensor, k: Tensor, right: Tensor, scale: float, basis: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _mix_gradients(grad, q, k, right, scale, basis_from_key(basis))
+    return tuple(g.contiguous() for g in grads)
+
+
+@_mix_gradients_op.register_fake
+def _(grad, q, k, right, scale, basis):
+    return tuple(x.new_empty(x.shape) for x in (q, k, right))

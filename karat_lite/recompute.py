@@ -1,0 +1,91 @@
+"""Kolmogorov-Arnold attention that keeps its inputs and computes everything of the size of the scores again."""
+
+import torch
+from einops import einsum
+from torch import Tensor
+
+from .bases import LinearBasis, wide
+from .kernels import blocked
+
+
+def recompute(
+    q: Tensor, k: Tensor, v: Tensor, basis: LinearBasis, coef: Tensor, weight: Tensor | None, *, scale: float
+) -> Tensor:
+    """Arguments and result of `functional.karat_attention`, for a linear basis. Can be differentiated once."""
+    tensors = (q, k, v, coef, weight)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _Recompute.apply(*tensors, scale, basis)[0]
+    return _Recompute.forward(*tensors, scale, basis)[0]
+
+
+class _Recompute(torch.autograd.Function):
+    """O = Y (W^T V) with Y = mix(Q, K, c^T), or full rank O = mix(Q, K, c^T V): mix as in kernels/blocked.py.
+
+    Kept for the backward pass: q, k, v, coef, weight and, with a projector, Y (B, h, M, r). With U = W^T V:
+
+        dY = dO U^T,   dU = Y^T dO,   dV = W dU,   dW = sum over images of V dU^T,   dc = dR^T
+
+    and full rank, where R_f = c_f^T V:  dV = sum_f c_f dR_f,  dc_f = sum over images of V dR_f^T.
+    """
+
+    @staticmethod
+    def forward(q, k, v, coef, weight, scale, basis):
+        with torch.autocast(q.device.type, enabled=False):
+            y = blocked.mix(wide(q), wide(k), _right(v, coef, weight), scale, basis)
+            out = y if weight is None else y @ (wide(weight).mT @ wide(v))
+        return out.to(v.dtype), None if weight is None else y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scale, ctx.basis = inputs
+        y = output[1]
+        if y is not None:
+            ctx.mark_non_differentiable(y)
+        ctx.save_for_backward(*tensors, y)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        *inputs, y = ctx.saved_tensors  # read once: activation checkpointing hands them over a single time
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            grads = _gradients(wide(grad), *inputs, y, ctx.scale, ctx.basis)
+        grads = [None if x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
+        if torch.is_grad_enabled():  # create_graph=True
+            there = [g for g in grads if g is not None]
+            marked = iter(_OnlyOnce.apply(len(there), *there, grad, *[x for x in inputs if x is not None]))
+            grads = [None if g is None else next(marked) for g in grads]
+        return *grads, None, None
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """Passes gradients on, and says what to do when they are differentiated in their turn."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(x.clone() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "backend 'recompute' can be differentiated once, and a gradient of its gradient was asked for: take "
+            "backend='contraction' (of an operator: operator.backend = 'contraction')."
+        )
+
+
+def _right(v: Tensor, coef: Tensor, weight: Tensor | None) -> Tensor:
+    """What the maps are multiplied with: coefficients, shared by all images, or values mixed over tokens."""
+    if weight is not None:
+        return wide(coef).permute(0, 3, 2, 1).unsqueeze(0)  # h p q F -> 1 h F q p
+    return einsum(wide(coef), wide(v), "h n q F, B h n d -> B h F q d")
+
+
+def _gradients(grad, q, k, v, coef, weight, y, scale, basis):
+    q, k, v, coef = wide(q), wide(k), wide(v), wide(coef)
+    if weight is None:
+        dq, dk, dright = blocked.mix_gradients(grad, q, k, _right(v, coef, weight), scale, basis)
+        dv = einsum(coef, dright, "h n q F, B h F q d -> B h n d")
+        return dq, dk, dv, einsum(v, dright, "B h n d, B h F q d -> h n q F"), None
+    weight = wide(weight)
+    dy, du = grad @ (weight.mT @ v).mT, y.mT @ grad
+    dq, dk, dright = blocked.mix_gradients(dy, q, k, _right(v, coef, weight), scale, basis)
+    dweight = einsum(v, du, "B h n d, B h r d -> h n r")
+    return dq, dk, weight @ du, dright[0].permute(0, 3, 2, 1), dweight

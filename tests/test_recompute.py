@@ -1,0 +1,258 @@
+"""The `recompute` backend: the definition's numbers and gradients, kept memory, and the company it must work in."""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import karat_lite as kl
+from karat_lite.functional import karat_attention
+from karat_lite.kernels import blocked
+
+LINEAR = ["bspline", "chebyshev", "fourier", "rbf"]
+# (B, h, N, d, r): odd and even, one token, one unit, full rank (None), more heads than images.
+SIZES = [(2, 3, 7, 4, 5), (2, 3, 7, 4, None), (1, 1, 1, 1, 1), (1, 2, 1, 3, None), (3, 2, 6, 4, 1), (1, 4, 30, 4, 6)]
+
+
+def error(found, reference) -> float:
+    """max|difference| / max|reference|."""
+    assert found.shape == reference.shape and found.dtype == reference.dtype
+    return ((found - reference).abs().max() / reference.abs().max()).item()
+
+
+def draw(images, heads, tokens, width, rank, basis, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    qkv = [normal(images, heads, tokens, width) for _ in range(3)]
+    coef = normal(heads, rank or tokens, tokens, basis.num_parameters)
+    return [*qkv, coef] if rank is None else [*qkv, coef, normal(heads, tokens, rank)]
+
+
+def value_and_gradients(tensors, basis, backend):
+    out = karat_attention(*tensors[:3], basis, *tensors[3:], backend=backend)
+    # A gradient that differs from entry to entry: a sum would hide a transposition.
+    weights = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).to(out.dtype).view(out.shape)
+    return [out, *torch.autograd.grad((out * weights).sum(), tensors)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("grid", [1, 2, 3, 11])
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("at_once", [5, 100, 1 << 20])  # blocks of some rows, of some planes, of everything
+def test_equals_the_reference(name, grid, size, at_once, monkeypatch):
+    monkeypatch.setattr(blocked, "AT_ONCE", at_once)
+    basis = kl.make_basis(name, grid)
+    tensors = draw(*size, basis)
+    expected = value_and_gradients(tensors, basis, "reference")
+    for found, wanted in zip(value_and_gradients(tensors, basis, "recompute"), expected, strict=True):
+        assert error(found, wanted) <= 1e-10 or (found - wanted).abs().max() <= 1e-12  # B-spline at one token: zeros
+
+
+@pytest.mark.parametrize("grid", [1, 3, 11])
+@pytest.mark.parametrize("rank", [1, 12, None])
+def test_float32_is_as_good_as_the_definition(grid, rank):
+    basis = kl.make_basis("fourier", grid)
+    tensors = draw(2, 2, 65, 16, rank, basis)
+    single = [x.detach().float().requires_grad_() for x in tensors]
+    expected = value_and_gradients(tensors, basis, "reference")
+    for found, wanted in zip(value_and_gradients(single, basis, "recompute"), expected, strict=True):
+        assert error(found.double(), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("grid", range(1, 13))
+def test_raw_maps_and_their_mixing(grid):
+    """Every psi and psi' of Fourier from the raw maps, for every G: which harmonics are finished depends on it."""
+    basis, x = kl.make_basis("fourier", grid), torch.linspace(-9, 9, 101, dtype=torch.float64)
+    raw = torch.empty(2 * grid, len(x), dtype=torch.float64)
+    basis.write(x, raw)
+    mix, slopes = basis.mixing()
+    m = torch.arange(1, grid + 1, dtype=torch.float64).unsqueeze(-1)
+    assert torch.allclose(mix @ raw, torch.cat([torch.cos(m * x), torch.sin(m * x)]), atol=1e-12)
+    assert torch.allclose(slopes @ raw, torch.cat([-m * torch.sin(m * x), m * torch.cos(m * x)]), atol=1e-11)
+
+
+@pytest.mark.parametrize("order", ["w_phi", "phi_w"])
+@pytest.mark.parametrize("base", ["zero", "silu"])
+@pytest.mark.parametrize("edge_scales", [False, True])
+def test_operators_give_the_same_numbers_with_each_backend(order, base, edge_scales):
+    torch.manual_seed(0)
+    operator = kl.KArAtOperator(2, 7, rank=3, order=order, base=base, edge_scales=edge_scales).double()
+    q, k, v = (torch.randn(2, 2, 7, 4, dtype=torch.float64) for _ in range(3))
+    results = []
+    for operator.backend in ("contraction", "recompute"):
+        out = operator.attend(q, k, v)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(operator.parameters()))])
+    for found, wanted in zip(*results, strict=True):
+        assert (found - wanted).abs().max() <= 1e-12 * max(1, wanted.abs().max())
+
+
+def test_an_empty_batch():
+    basis = kl.make_basis("fourier", 2)
+    q, k, v, coef, weight = draw(2, 2, 5, 4, 3, basis)
+    out = karat_attention(q[:0], k[:0], v[:0], basis, coef, weight, backend="recompute")
+    out.sum().backward()
+    assert out.shape == (0, 2, 5, 4) and coef.grad.abs().max() == weight.grad.abs().max() == 0
+
+
+def kept_bytes(module, x) -> int:
+    """Bytes of the tensors that the forward pass saves for the backward pass; shared storage once, no parameters."""
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = module(x)
+    assert out.requires_grad
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+class EagerSoftmax(nn.Module):
+    def attend(self, q, k, v):
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+@pytest.mark.parametrize("size", ["vit_tiny", "vit_small", "vit_base"])
+def test_memory_kept_for_the_backward_pass(size):
+    """At 224 pixels, 32 images: <= 1.02 of fused softmax attention, < 0.9 of eager, full rank <= 1.1 of fused.
+
+    What every further image keeps is the same, so one and two images tell of 32.
+    """
+
+    def with_32_images(model):
+        one, two = (kept_bytes(model, torch.zeros(count, 3, 224, 224)) for count in (1, 2))
+        return one + 31 * (two - one)
+
+    softmax = kl.create_model(size, attention="softmax")
+    fused = with_32_images(softmax)
+    for block in softmax.blocks:
+        block.attn.activation = EagerSoftmax()
+    karat, full = (with_32_images(kl.create_model(size, grid=3, rank=rank)) for rank in (12, None))
+    assert karat <= 1.02 * fused and full <= 1.10 * fused
+    assert karat < 0.90 * with_32_images(softmax)
+
+
+def test_the_sixty_gigabyte_case():
+    """ViT-Tiny at 224, full rank, G = 10, one image, forward and backward: peak of the process <= 1.2 GB."""
+    program = (
+        "import torch, karat_lite as kl\n"
+        "model = kl.create_model('vit_tiny', rank=None, grid=10)\n"
+        "model(torch.randn(1, 3, 224, 224)).sum().backward()\n"
+        # Not getrusage: Linux counts a child's peak there from the fork on, with what its parent held.
+        "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) * 1024 <= 1.2e9
+
+
+@pytest.mark.parametrize("rank", [3, None])
+def test_torch_compile_takes_it_whole(rank):
+    """No graph break, the same numbers, and still nothing of the size of the scores kept."""
+    torch.manual_seed(0)
+    model, x = kl.KArAttention(16, 2, 65, rank=rank), torch.randn(2, 65, 16)
+    expected = [model(x), *torch.autograd.grad(model(x).square().sum(), list(model.parameters()))]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled(x)
+    found = [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
+    assert all(error(a, b) <= 1e-5 for a, b in zip(found, expected, strict=True))
+    scores = 2 * 2 * 65 * 65 * 4
+    assert kept_bytes(compiled, x) < scores + kept_bytes(model, x)
+
+
+def test_works_inside_activation_checkpointing():
+    torch.manual_seed(0)
+    model, x = kl.KArAttention(16, 2, 9, rank=4), torch.randn(2, 9, 16, requires_grad=True)
+    (plain,) = torch.autograd.grad(model(x).square().sum(), x)
+    (again,) = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).square().sum(), x)
+    assert torch.equal(plain, again)
+
+
+def test_scores_stay_in_float32_under_autocast():
+    """Nothing but the projections around it is rounded: exactly the numbers of float32 on rounded q, k, v."""
+    torch.manual_seed(0)
+    operator = kl.KArAtOperator(2, 33, rank=5)
+    q, k, v = (3 * torch.randn(2, 2, 33, 16).bfloat16() for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = operator.attend(q, k, v)
+        out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    found = [p.grad.clone() for p in operator.parameters()]
+    operator.zero_grad()
+    expected = operator.attend(q.float(), k.float(), v.float())
+    expected.bfloat16().float().sum().backward()
+    assert torch.equal(out, expected.bfloat16())
+    assert all(torch.equal(a, p.grad) for a, p in zip(found, operator.parameters(), strict=True))
+
+
+def test_a_second_derivative_is_refused_with_advice():
+    basis = kl.make_basis("fourier", 2)
+    tensors = draw(1, 1, 4, 3, 2, basis)
+    out = karat_attention(*tensors[:3], basis, *tensors[3:], backend="recompute")
+    (slope,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)  # alone this is no offence
+    with pytest.raises(RuntimeError, match="can be differentiated once.*backend='contraction'"):
+        torch.autograd.grad(slope.sum(), tensors[0])
+    out = karat_attention(*tensors[:3], basis, *tensors[3:], backend="contraction")
+    (slope,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
+    assert torch.autograd.grad(slope.sum(), tensors[0])[0].abs().max() > 0
+
+
+def test_gradients_only_where_asked():
+    """A frozen operator, or frozen projections: no gradient arises for what needs none."""
+    basis = kl.make_basis("fourier", 2)
+    tensors = draw(1, 2, 4, 3, 2, basis)
+    q, *others = (x.detach() for x in tensors)
+    q.requires_grad_()
+    karat_attention(q, *others[:2], basis, *others[2:], backend="recompute").sum().backward()
+    assert q.grad is not None and all(x.grad is None for x in others)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(basis=kl.make_basis("dog")), "'recompute' takes bases that are linear in their parameters"),
+        (dict(coef=torch.float64), "one type .*coef torch.float64"),
+        (dict(v=torch.device("meta")), "one device .*v meta"),
+    ],
+)
+def test_what_it_cannot_take(change, message):
+    basis = change.get("basis", kl.make_basis("fourier", 2))
+    names = ("q", "k", "v", "coef", "weight")
+    tensors = dict(zip(names, draw(1, 2, 4, 3, 2, basis, torch.float32), strict=True))
+    tensors |= {name: tensors[name].to(kind) for name, kind in change.items() if name != "basis"}
+    with pytest.raises(ValueError, match=message):
+        q, k, v, coef, weight = (tensors[name] for name in names)
+        karat_attention(q, k, v, basis, coef, weight, backend="recompute")
+
+
+def test_a_basis_from_a_notebook_cell():
+    """Registered bases come through `recompute`, compiled or not, without knowing of it."""
+    with contextlib.suppress(ValueError):
+
+        @kl.register_basis("two_powers")
+        class TwoPowers(kl.LinearBasis):
+            num_features = 3
+
+            def maps(self, x):
+                yield 0, torch.ones_like(x)  # a map without a slope
+                yield 1, x / 4
+                yield 2, (x / 4) ** 2
+
+    basis = kl.make_basis("two_powers")
+    tensors = draw(2, 2, 5, 4, 3, basis)
+    expected = value_and_gradients(tensors, basis, "reference")
+    assert all(
+        error(a, b) <= 1e-10 for a, b in zip(value_and_gradients(tensors, basis, "recompute"), expected, strict=True)
+    )
+    compiled = torch.compile(karat_attention, fullgraph=True, backend="aot_eager")
+    out = compiled(*tensors[:3], basis, *tensors[3:])
+    assert error(out, expected[0]) <= 1e-10
