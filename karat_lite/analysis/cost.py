@@ -1,0 +1,197 @@
+"""What a computation costs: bytes kept for the backward pass, operations, bytes visited, time, peak memory.
+
+`kept_bytes` and `count` are exact and the same on every machine; `compare`, `peak_memory` and `machine_limits` measure
+this one.
+"""
+
+import ctypes
+import gc
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..checks import at_least, one_of
+
+# Operations whose every output number costs a series, not one multiplication; FlopCounterMode counts them as nothing.
+TRANSCENDENTAL = {"cos", "sin", "exp", "tanh", "_softmax", "gelu", "silu", "erf", "sigmoid", "log", "pow", "rsqrt"}
+
+
+def kept_bytes(run: Callable[[], Tensor], given: Iterable[Tensor] = ()) -> int:
+    """Bytes that the forward pass `run` keeps for the backward pass, as `saved_tensors_hooks` sees them.
+
+    Tensors that share memory count once, and `given` (parameters, say, which are there anyway) do not count.
+    """
+    kept, own = {}, {x.untyped_storage().data_ptr() for x in given}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    if not out.requires_grad:
+        raise ValueError("run() returns a tensor without a graph: nothing is kept. Let its inputs require gradients.")
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+class Count(NamedTuple):
+    """Operations and traffic of one run."""
+
+    flops: int  # of matrix products; a multiplication and an addition are two
+    transcendental: int  # numbers that are a cosine, sine, exponential, ...
+    bytes_visited: int  # read and written by all operations together, as if no cache were there
+
+    @property
+    def intensity(self) -> float:
+        """Operations per byte visited; a transcendental counts as one."""
+        return (self.flops + self.transcendental) / max(1, self.bytes_visited)
+
+
+class _Traffic(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.visited, self.transcendental = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and func._schema.name != "aten::empty":
+            there = [x for x in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            there = {id(x): x for x in there}.values()  # an out= argument is the result as well
+            self.visited += sum(x.numel() * x.element_size() for x in there)
+            if func._schema.name.removeprefix("aten::").rstrip("_") in TRANSCENDENTAL:
+                self.transcendental += sum(x.numel() for x in _tensors(out)[:1])
+        return out
+
+
+def _tensors(out) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor)]
+
+
+def _fused_attention(q, k, v, *args, out_shape=None, **kwargs) -> int:
+    """Q K^T and A V of `scaled_dot_product_attention` on a CPU, which FlopCounterMode does not know."""
+    (*batch, rows, width), keys = q, k[-2]
+    return 4 * math.prod(batch) * rows * keys * width
+
+
+def _fused_attention_gradients(grad, q, k, *args, out_shape=None, **kwargs) -> int:
+    return _fused_attention(q, k, None) * 5 // 2  # the scores again, and two products each for both of the two
+
+
+def count(run: Callable[[], object]) -> Count:
+    """Count the operations of `run()`, forward and backward as it does them; inside a fused kernel only products."""
+    fused = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_attention_gradients,
+    }
+    with FlopCounterMode(display=False, custom_mapping=fused) as products, _Traffic() as traffic:
+        run()
+    return Count(products.get_total_flops(), traffic.transcendental, traffic.visited)
+
+
+class Timing(NamedTuple):
+    """Seconds of one run: median and quartiles over the repetitions; ratio to the baseline, pair by pair."""
+
+    median: float
+    low: float
+    high: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+
+
+def compare(
+    runs: dict[str, Callable[[], object]], baseline: str, *, repeats: int = 10, seconds: float = float("inf")
+) -> dict[str, Timing]:
+    """Time several ways of doing a thing in turns, so that what disturbs the machine disturbs all of them.
+
+    Each round runs every one once, after one round to warm up; there are at most `repeats` rounds, and no new one
+    begins after `seconds` (three are made in any case). `ratio` is the median of the rounds' time over `baseline`'s.
+    """
+    one_of("baseline", baseline, runs)
+    at_least("repeats", repeats, 3)
+    for run in runs.values():
+        run()
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    started = time.perf_counter()
+    for done in range(repeats):
+        if done >= 3 and time.perf_counter() - started > seconds:
+            break
+        for name, run in runs.items():
+            _finish()
+            before = time.perf_counter()
+            run()
+            _finish()
+            found[name].append(time.perf_counter() - before)
+    result = {}
+    for name, times in found.items():
+        ratios = [mine / its for mine, its in zip(times, found[baseline], strict=True)]
+        result[name] = Timing(*_middle(times), *_middle(ratios))
+    return result
+
+
+def _middle(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, low, high
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory(run: Callable[[], object], device: str | torch.device = "cpu") -> int | None:
+    """Bytes that `run()` needs at its peak beyond what is there before. On a CPU by Linux's own count; else None."""
+    run()  # code and workspaces that are loaded once
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier runs left in the heap would serve this one unseen
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")  # the peak starts again from what is resident now
+    except (OSError, AttributeError):
+        return None
+    before = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+class Limits(NamedTuple):
+    """What this machine can do at best."""
+
+    flops: float  # per second, in float32 matrix products
+    bytes: float  # per second, from and to memory
+
+
+def machine_limits(device: str | torch.device = "cpu", *, size: int = 1024, repeats: int = 10) -> Limits:
+    """The two limits of a roofline, measured: a large matrix product, and a copy that no cache holds."""
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    source = torch.empty(1 << 26, device=device).fill_(1.0)  # 256 MiB
+    copied = torch.empty_like(source)
+    runs = {"product": lambda: torch.mm(a, b), "copy": lambda: copied.copy_(source)}
+    times = compare(runs, "product", repeats=repeats)
+    return Limits(2 * size**3 / times["product"].low, 2 * source.numel() * 4 / times["copy"].low)
+
+
+def machine() -> str:
+    """The kind of machine, as results name it."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} cores, {platform.machine()}{gpu}, torch {torch.__version__}"
