@@ -1,0 +1,1 @@
+"""Fused GPU kernels. Each module imports Triton itself: import one only where it is used."""
