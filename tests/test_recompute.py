@@ -256,3 +256,27 @@ def test_a_basis_from_a_notebook_cell():
     compiled = torch.compile(karat_attention, fullgraph=True, backend="aot_eager")
     out = compiled(*tensors[:3], basis, *tensors[3:])
     assert error(out, expected[0]) <= 1e-10
+
+
+def _one_process(rank: int, address: str, results) -> None:
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(kl.KArAttention(16, 2, 9, rank=4, edge_scales=True))
+    x = torch.randn(4, 9, 16)[2 * rank : 2 * rank + 2]
+    for _ in range(2):  # the second pass is where DDP refuses parameters that got no gradient in the first
+        model.zero_grad()
+        model(x).square().mean().backward()
+    results[rank] = [p.grad.numpy() for p in model.parameters()]
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_one_process, (f"file://{tmp_path / 'meeting'}", results), nprocs=2)
+        found = [[torch.from_numpy(grad) for grad in results[rank]] for rank in (0, 1)]
+    torch.manual_seed(0)
+    model = kl.KArAttention(16, 2, 9, rank=4, edge_scales=True)
+    model(torch.randn(4, 9, 16)).square().mean().backward()
+    for p, first, second in zip(model.parameters(), *found, strict=True):
+        assert torch.equal(first, second) and torch.allclose(first, p.grad, atol=1e-7, rtol=1e-4)
