@@ -8,13 +8,15 @@ INSTALLED := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 SOURCES := $(NOTEBOOKS) $(wildcard notebooks/*.py data/checkpoints/* data/results/*) $(shell find karat_lite -name '*.py')
 
-.PHONY: help tutorial lab test notebooks address check clean
+.PHONY: help tutorial lab test bench bench-gpu notebooks address check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make tutorial    install, run every notebook (smoke profile), write pages to build/index.html"
 	@echo "make lab         install, open JupyterLab in notebooks/ (ARGS='--no-browser --port 8899')"
 	@echo "make test        install, run every test (ARGS='-k fourier')"
+	@echo "make bench       measure time and memory beside softmax on the CPU (5 minutes; pause whatever else runs)"
+	@echo "make bench-gpu   the same on one GPU (8 minutes); both write data/results/bench_*.json and a figure"
 	@echo "make notebooks   run the notebooks in the reader profile and write their outputs into them (minutes)"
 	@echo "make address     write pyproject's Repository address into badges and bootstrap cells"
 	@echo "make check       check the rules for committed notebooks"
@@ -44,6 +46,12 @@ lab: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PY) -m pytest $(ARGS)
+
+bench: $(INSTALLED)
+	@$(PY) -m karat_lite.bench $(ARGS)
+
+bench-gpu: $(INSTALLED)
+	@$(PY) -m karat_lite.bench --device cuda $(ARGS)
 
 notebooks: $(INSTALLED)
 	@$(PY) notebooks/build.py commit $(ARGS)

@@ -8,8 +8,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
-import platform
 import shlex
 import sys
 import time
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from .analysis.cost import machine
 from .bases import BASE_ACTIVATIONS, available_bases
 from .checkpoints import write_whole
 from .data import load_dataset
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
     results = {
         "command": command,
-        "machine": _machine(),
+        "machine": machine(),
         "data": {
             "name": train_data.name,
             "train": len(train_data),
@@ -146,11 +145,6 @@ def _summaries(runs: list[dict]) -> dict[str, dict]:
         spread = accuracy.std().item() if len(accuracy) > 1 else 0.0
         found[name] = {"mean": accuracy.mean().item(), "std": spread, "seeds": len(accuracy)}
     return found
-
-
-def _machine() -> str:
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} cores, {platform.machine()}{gpu}, torch {torch.__version__}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -148,7 +148,7 @@ def test_readme_maps_every_notebook_and_names_real_targets():
     for path in build.chosen(()):
         assert f"notebooks/{path.name}" in readme, f"the README's map lacks {path.name}"
         assert f"colab.research.google.com/github/{build.slug()}/blob/main/notebooks/{path.name}" in readme
-    for target in re.findall(r"`make (\w+)|^\s*make (\w+)", readme, flags=re.M):
+    for target in re.findall(r"`make ([\w-]+)|^\s*make ([\w-]+)", readme, flags=re.M):
         assert "".join(target) in targets(), f"the README names `make {''.join(target)}`"
 
 
@@ -159,7 +159,7 @@ def targets() -> set[str]:
 
 def test_make_help_lists_every_target():
     said = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert set(re.findall(r"^make (\w+)", said, flags=re.M)) == targets() - {"help"}
+    assert set(re.findall(r"^make ([\w-]+)", said, flags=re.M)) == targets() - {"help"}
     assert {"tutorial", "lab", "test"} <= targets()
 
 

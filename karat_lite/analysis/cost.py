@@ -62,18 +62,22 @@ class _Traffic(TorchDispatchMode):
         self.visited, self.transcendental = 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view and func._schema.name != "aten::empty":
-            there = [x for x in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
-            there = {id(x): x for x in there}.values()  # an out= argument is the result as well
-            self.visited += sum(x.numel() * x.element_size() for x in there)
-            if func._schema.name.removeprefix("aten::").rstrip("_") in TRANSCENDENTAL:
-                self.transcendental += sum(x.numel() for x in _tensors(out)[:1])
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        if func.is_view or name.startswith(("empty", "new_empty")):  # no number is touched
+            return out
+        filled = {a.name for a in func._schema.arguments if a.kwarg_only and a.is_out}  # out=: written, never read
+        read = [args, *(value for key, value in kwargs.items() if key not in filled)]
+        self.visited += sum(x.numel() * x.element_size() for x in _tensors((read, out)))
+        square = name == "pow" and len(args) > 1 and isinstance(args[1], int)  # multiplications
+        if name.rstrip("_") in TRANSCENDENTAL and not square:
+            self.transcendental += sum(x.numel() for x in _tensors(out)[:1])
         return out
 
 
-def _tensors(out) -> list[Tensor]:
-    return [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor)]
+def _tensors(tree) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def _fused_attention(q, k, v, *args, out_shape=None, **kwargs) -> int:
@@ -109,16 +113,22 @@ class Timing(NamedTuple):
 
 
 def compare(
-    runs: dict[str, Callable[[], object]], baseline: str, *, repeats: int = 10, seconds: float = float("inf")
+    runs: dict[str, Callable[[], object]],
+    baseline: str,
+    *,
+    repeats: int = 10,
+    seconds: float = float("inf"),
+    warm_up: bool = True,
 ) -> dict[str, Timing]:
     """Time several ways of doing a thing in turns, so that what disturbs the machine disturbs all of them.
 
-    Each round runs every one once, after one round to warm up; there are at most `repeats` rounds, and no new one
-    begins after `seconds` (three are made in any case). `ratio` is the median of the rounds' time over `baseline`'s.
+    Each round runs every one once, after one round to warm up (`warm_up=False`: the caller has done that); there are at
+    most `repeats` rounds, and no new one begins after `seconds` (three are made in any case). `ratio` is the median of
+    the rounds' time over `baseline`'s. Raises `ValueError` for a baseline that is no run, or less than three repeats.
     """
     one_of("baseline", baseline, runs)
     at_least("repeats", repeats, 3)
-    for run in runs.values():
+    for run in runs.values() if warm_up else ():
         run()
     found: dict[str, list[float]] = {name: [] for name in runs}
     started = time.perf_counter()
@@ -126,10 +136,10 @@ def compare(
         if done >= 3 and time.perf_counter() - started > seconds:
             break
         for name, run in runs.items():
-            _finish()
+            finish()
             before = time.perf_counter()
             run()
-            _finish()
+            finish()
             found[name].append(time.perf_counter() - before)
     result = {}
     for name, times in found.items():
@@ -143,14 +153,19 @@ def _middle(values: list[float]) -> tuple[float, float, float]:
     return middle, low, high
 
 
-def _finish() -> None:
+def finish() -> None:
+    """Wait until a GPU, if there is one, has done what it was told to do: a call returns before its work is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def peak_memory(run: Callable[[], object], device: str | torch.device = "cpu") -> int | None:
-    """Bytes that `run()` needs at its peak beyond what is there before. On a CPU by Linux's own count; else None."""
-    run()  # code and workspaces that are loaded once
+def peak_memory(run: Callable[[], object], device: str | torch.device = "cpu", *, warm_up: bool = True) -> int | None:
+    """Bytes that `run()` needs at its peak beyond what is there before. On a CPU by Linux's own count; else None.
+
+    Linux counts pages and is a megabyte or so off. `warm_up=False` where `run` has run before.
+    """
+    if warm_up:
+        run()  # code and workspaces that are loaded once
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
@@ -177,18 +192,55 @@ def _status(name: str) -> int:
 class Limits(NamedTuple):
     """What this machine can do at best."""
 
-    flops: float  # per second, in float32 matrix products
+    flops: float  # per second, in matrix products
     bytes: float  # per second, from and to memory
 
 
-def machine_limits(device: str | torch.device = "cpu", *, size: int = 1024, repeats: int = 10) -> Limits:
-    """The two limits of a roofline, measured: a large matrix product, and a copy that no cache holds."""
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+def machine_limits(
+    device: str | torch.device = "cpu", *, size: int = 1024, repeats: int = 10, dtype: torch.dtype = torch.float32
+) -> Limits:
+    """The two limits of a roofline, measured: a large matrix product in `dtype`, and a copy that no cache holds.
+
+    `size` is that of the matrices: 1024 keeps two cores busy, a large GPU needs 8192.
+    """
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.empty(1 << 26, device=device).fill_(1.0)  # 256 MiB
     copied = torch.empty_like(source)
     runs = {"product": lambda: torch.mm(a, b), "copy": lambda: copied.copy_(source)}
     times = compare(runs, "product", repeats=repeats)
     return Limits(2 * size**3 / times["product"].low, 2 * source.numel() * 4 / times["copy"].low)
+
+
+class Others:
+    """How much of the machine other processes take while this one measures: `with Others() as others: ...`
+
+    `others.share` is their part of all cores, 0 to 1, by Linux's own count (in ticks of 10 ms: for blocks of half a
+    second or more); None on other systems, and inside the block. Times taken while it is above a few percent say more
+    about the others than about what was timed.
+    """
+
+    share: float | None = None
+
+    def __enter__(self) -> "Others":
+        self.before = self._seconds()
+        return self
+
+    def __exit__(self, *_) -> None:
+        after = self._seconds()
+        if self.before is not None and after is not None:
+            wall, busy, own = (b - a for a, b in zip(self.before, after, strict=True))
+            self.share = min(1.0, max(0.0, (busy - own) / (max(wall, 1e-9) * os.cpu_count())))
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float] | None:
+        """Now; and since the start, the time that all cores worked, and that this process did."""
+        try:
+            with open("/proc/stat") as lines:
+                user, nice, system, _, _, *interrupts = map(int, lines.readline().split()[1:9])
+        except (OSError, ValueError):
+            return None
+        busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, sum(os.times()[:2])
 
 
 def machine() -> str:
