@@ -11,6 +11,8 @@ k is a row of the scores (the token that asks), q a column (the token it looks a
 with phi_pq(x) = sum_f c_pqf psi_f(x). Source: paper, section 1 (full-rank and modular KArAt, Fourier-KArAt).
 """
 
+import warnings
+
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
@@ -18,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .bases import Basis, LinearBasis, wide
 from .checks import one_of
+from .fourier import Fourier
 from .recompute import recompute
 
-BACKENDS = ("reference", "contraction", "recompute")
+BACKENDS = ("reference", "contraction", "recompute", "triton")
 AT_ONCE = 1 << 18  # numbers that an edge basis evaluates at a time: planes that stay in the processor's cache
 
 
@@ -115,17 +118,21 @@ def karat_attention(
                            pass. Any basis; can be differentiated twice.
             "recompute"    keeps q, k, v, coef, weight and Y alone, computes the rest again, block by block. Any linear
                            basis, any device; differentiable once.
-            "auto"         (default) "recompute" for a linear basis, else "contraction".
+            "triton"       the same, for the Fourier basis on a GPU, in fused kernels: scores never reach its memory.
+            "auto"         (default) "triton" on a GPU where it can serve, else "recompute" for a linear basis, else
+                           "contraction".
 
     Returns (B, h, N, d) in the type of v. Scores and basis are computed in float32 or better.
     Raises `ValueError` for an unknown backend, a backend that cannot take the basis, shapes that do not fit, or tensors
     on several devices. Source: paper, section 1.
     """
-    backend = choose_backend(backend, basis)
+    one_of("backend", backend, (*BACKENDS, "auto"))
     _check_shapes(q, k, v, basis, coef, weight)
     _check_kinds(q=q, k=k, v=v, coef=coef, weight=weight)
-    if backend == "recompute":
-        return recompute(q, k, v, basis, coef, weight, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    backend = choose_backend(backend, basis, q, coef)
+    if backend in ("recompute", "triton"):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return recompute(q, k, v, basis, coef, weight, scale=scale, fused=backend == "triton")
     compute = _reference if backend == "reference" else _contraction
     scores = attention_scores(q, k, scale=scale)
     with torch.autocast(device_type=q.device.type, enabled=False):
@@ -133,17 +140,41 @@ def karat_attention(
     return out.to(v.dtype)
 
 
-def choose_backend(backend: str, basis: Basis) -> str:
-    """The backend that computes, for a name that may be "auto"; `ValueError` where it cannot take the basis."""
+def choose_backend(backend: str, basis: Basis, q: Tensor, coef: Tensor) -> str:
+    """The backend that computes, for a name that may be "auto"; `ValueError` where it cannot take the arguments.
+
+    On a GPU "auto" warns where the Triton kernels cannot serve, once for each reason.
+    """
+    one_of("backend", backend, (*BACKENDS, "auto"))
     linear = isinstance(basis, LinearBasis)
-    if one_of("backend", backend, (*BACKENDS, "auto")) == "auto":
-        return "recompute" if linear else "contraction"
     if backend == "recompute" and not linear:
         raise ValueError(
             f"backend 'recompute' takes bases that are linear in their parameters, got {basis!r}: take 'contraction' "
             "or 'auto'. (Edge bases are computed again in the backward pass there too.)"
         )
-    return backend
+    if backend == "triton" and (reason := _no_triton(basis, q, coef)):
+        raise ValueError(f"backend 'triton' is not available: {reason}")
+    if backend != "auto":
+        return backend
+    if not linear:
+        return "contraction"
+    if q.device.type != "cuda":
+        return "recompute"
+    reason = _no_triton(basis, q, coef)
+    if reason and not torch.compiler.is_compiling():
+        warnings.warn(f"backend 'auto' takes 'recompute', not 'triton': {reason}", stacklevel=3)
+    return "recompute" if reason else "triton"
+
+
+def _no_triton(basis: Basis, q: Tensor, coef: Tensor) -> str | None:
+    """Why the fused kernels cannot serve; None where they can."""
+    if type(basis) is not Fourier:
+        return f"its kernels compute the Fourier basis without a base activation, got {basis!r}."
+    try:
+        from .kernels import fourier_triton
+    except ImportError as error:
+        return f"{error}. PyTorch for NVIDIA GPUs on Linux brings Triton along; it does not exist elsewhere."
+    return fourier_triton.supported(q, wide(coef).permute(0, 3, 2, 1))
 
 
 def _reference(scores: Tensor, v: Tensor, basis: Basis, coef: Tensor, weight: Tensor | None) -> Tensor:

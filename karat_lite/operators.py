@@ -155,11 +155,13 @@ class KArAtOperator(nn.Module):
             return functional.karat_attention(q, k, v, *self.units(), self.weight, backend=self.backend)
         if self.order == "phi_w" and not self.simplex:
             basis, coef = self.units()
-            if functional.choose_backend(self.backend, basis) == "recompute":
+            backend = functional.choose_backend(self.backend, basis, q, coef)
+            if backend in ("recompute", "triton"):
                 # W S_k = (W K) Q_k / sqrt(d): scores against r mixed keys, then full rank on those.
                 with torch.autocast(device_type=q.device.type, enabled=False):
                     mixed = wide(self.weight) @ wide(k)
-                return recompute(wide(q), mixed, v, basis, coef, None, scale=q.shape[-1] ** -0.5)
+                fused = backend == "triton"
+                return recompute(wide(q), mixed, v, basis, coef, None, scale=q.shape[-1] ** -0.5, fused=fused)
         scores = functional.attention_scores(q, k)
         with torch.autocast(device_type=q.device.type, enabled=False):
             if self.simplex:

@@ -9,13 +9,25 @@ from .kernels import blocked
 
 
 def recompute(
-    q: Tensor, k: Tensor, v: Tensor, basis: LinearBasis, coef: Tensor, weight: Tensor | None, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    basis: LinearBasis,
+    coef: Tensor,
+    weight: Tensor | None,
+    *,
+    scale: float,
+    fused: bool = False,
 ) -> Tensor:
-    """Arguments and result of `functional.karat_attention`, for a linear basis. Can be differentiated once."""
+    """Arguments and result of `functional.karat_attention`, for a linear basis. Can be differentiated once.
+
+    k may have another number of tokens than q and v (coef then has that of k on its axis q). `fused` takes the GPU
+    kernels of kernels/fourier_triton.py, which are for the Fourier basis, in place of kernels/blocked.py.
+    """
     tensors = (q, k, v, coef, weight)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _Recompute.apply(*tensors, scale, basis)[0]
-    return _Recompute.forward(*tensors, scale, basis)[0]
+        return _Recompute.apply(*tensors, scale, basis, fused)[0]
+    return _Recompute.forward(*tensors, scale, basis, fused)[0]
 
 
 class _Recompute(torch.autograd.Function):
@@ -29,15 +41,15 @@ class _Recompute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(q, k, v, coef, weight, scale, basis):
+    def forward(q, k, v, coef, weight, scale, basis, fused):
         with torch.autocast(q.device.type, enabled=False):
-            y = blocked.mix(wide(q), wide(k), _right(v, coef, weight), scale, basis)
+            y = _mix(q, k, _right(v, coef, weight), scale, basis, fused)
             out = y if weight is None else y @ (wide(weight).mT @ wide(v))
         return out.to(v.dtype), None if weight is None else y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.scale, ctx.basis = inputs
+        *tensors, ctx.scale, ctx.basis, ctx.fused = inputs
         y = output[1]
         if y is not None:
             ctx.mark_non_differentiable(y)
@@ -47,13 +59,13 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx, grad, _):
         *inputs, y = ctx.saved_tensors  # read once: activation checkpointing hands them over a single time
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            grads = _gradients(wide(grad), *inputs, y, ctx.scale, ctx.basis)
+            grads = _gradients(wide(grad), *inputs, y, ctx.scale, ctx.basis, ctx.fused)
         grads = [None if x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True
             there = [g for g in grads if g is not None]
             marked = iter(_OnlyOnce.apply(len(there), *there, grad, *[x for x in inputs if x is not None]))
             grads = [None if g is None else next(marked) for g in grads]
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -78,14 +90,30 @@ def _right(v: Tensor, coef: Tensor, weight: Tensor | None) -> Tensor:
     return einsum(wide(coef), wide(v), "h n q F, B h n d -> B h F q d")
 
 
-def _gradients(grad, q, k, v, coef, weight, y, scale, basis):
-    q, k, v, coef = wide(q), wide(k), wide(v), wide(coef)
+def _mix(q, k, right, scale, basis, fused) -> Tensor:
+    if fused:
+        from .kernels import fourier_triton  # Triton is not everywhere
+
+        return fourier_triton.mix_forward(q, k, right, scale)
+    return blocked.mix(wide(q), wide(k), right, scale, basis)
+
+
+def _mix_gradients(grad, q, k, right, scale, basis, fused) -> tuple[Tensor, Tensor, Tensor]:
+    if fused:
+        from .kernels import fourier_triton
+
+        return fourier_triton.mix_backward(grad, q, k, right, scale)
+    return blocked.mix_gradients(grad, wide(q), wide(k), right, scale, basis)
+
+
+def _gradients(grad, q, k, v, coef, weight, y, scale, basis, fused):
+    v, coef = wide(v), wide(coef)
     if weight is None:
-        dq, dk, dright = blocked.mix_gradients(grad, q, k, _right(v, coef, weight), scale, basis)
+        dq, dk, dright = _mix_gradients(grad, q, k, _right(v, coef, weight), scale, basis, fused)
         dv = einsum(coef, dright, "h n q F, B h F q d -> B h n d")
         return dq, dk, dv, einsum(v, dright, "B h n d, B h F q d -> h n q F"), None
     weight = wide(weight)
     dy, du = grad @ (weight.mT @ v).mT, y.mT @ grad
-    dq, dk, dright = blocked.mix_gradients(dy, q, k, _right(v, coef, weight), scale, basis)
+    dq, dk, dright = _mix_gradients(dy, q, k, _right(v, coef, weight), scale, basis, fused)
     dweight = einsum(v, du, "B h n d, B h r d -> h n r")
     return dq, dk, weight @ du, dright[0].permute(0, 3, 2, 1), dweight

@@ -3,7 +3,9 @@
 import contextlib
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import karat_lite as kl
-from karat_lite.functional import karat_attention
+from karat_lite.functional import choose_backend, karat_attention
 from karat_lite.kernels import blocked
 
 LINEAR = ["bspline", "chebyshev", "fourier", "rbf"]
@@ -256,3 +258,40 @@ def test_a_basis_from_a_notebook_cell():
     compiled = torch.compile(karat_attention, fullgraph=True, backend="aot_eager")
     out = compiled(*tensors[:3], basis, *tensors[3:])
     assert error(out, expected[0]) <= 1e-10
+
+
+def _one_process(rank: int, address: str, results) -> None:
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(kl.KArAttention(16, 2, 9, rank=4, edge_scales=True))
+    x = torch.randn(4, 9, 16)[2 * rank : 2 * rank + 2]
+    for _ in range(2):  # the second pass is where DDP refuses parameters that got no gradient in the first
+        model.zero_grad()
+        model(x).square().mean().backward()
+    results[rank] = [p.grad.numpy() for p in model.parameters()]
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_one_process, (f"file://{tmp_path / 'meeting'}", results), nprocs=2)
+        found = [[torch.from_numpy(grad) for grad in results[rank]] for rank in (0, 1)]
+    torch.manual_seed(0)
+    model = kl.KArAttention(16, 2, 9, rank=4, edge_scales=True)
+    model(torch.randn(4, 9, 16)).square().mean().backward()
+    for p, first, second in zip(model.parameters(), *found, strict=True):
+        assert torch.equal(first, second) and torch.allclose(first, p.grad, atol=1e-7, rtol=1e-4)
+
+
+def test_auto_falls_back_on_a_gpu_and_says_so_once():
+    """Where the fused kernels cannot serve; on a CPU nothing is said, because nothing was to be expected."""
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float64, shape=(1, 1, 5, 16))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            basis = kl.make_basis("rbf")
+            assert choose_backend("auto", basis, on_a_gpu, torch.zeros(1, 2, 5, 3)) == "recompute"
+            assert choose_backend("auto", basis, torch.zeros(1, 1, 5, 16), torch.zeros(1, 2, 5, 3)) == "recompute"
+    assert len(said) == 1 and "takes 'recompute', not 'triton': its kernels compute the Fourier" in str(said[0].message)
+    assert choose_backend("auto", kl.make_basis("dog"), on_a_gpu, torch.zeros(1, 2, 5, 3)) == "contraction"

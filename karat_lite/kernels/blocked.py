@@ -67,15 +67,16 @@ def _mix_gradients(
     dright = right.new_zeros(*right.shape[:2], right.shape[3], down.shape[0] * down.shape[3])  # (h, B, e, F N)
     for part, rows, scratch in _blocks(q, k, down.shape[0]):
         of_q, of_k, of_grad = part(q)[:, rows], part(k), part(grad)[:, rows].mT.contiguous()  # (P, e, rows)
-        maps, s = _see(of_q, of_k, basis, scratch)
-        part.add_to(dright, torch.bmm(of_grad, maps.flatten(1, 2).mT))
 
         def spread(f, part=part, of_grad=of_grad, e_f=scratch[2]):
             return torch.bmm(part(down[f]), of_grad, out=e_f)
 
         if mixing is None:
-            s = _through_maps(s, basis, spread)
-        else:  # the scores themselves are not needed again: the sum stands in their place
+            maps, s = _through_maps(of_q, of_k, basis, scratch, spread)
+        else:
+            maps, s = _see(of_q, of_k, basis, scratch)
+        part.add_to(dright, torch.bmm(of_grad, maps.flatten(1, 2).mT))
+        if mixing is not None:  # the scores themselves are not needed again: the sum stands in their place
             for f, psi in enumerate(maps.unbind(1)):
                 s = s.addcmul_(psi, spread(f)) if f else torch.mul(psi, spread(f), out=s)
         torch.bmm(s.mT, of_k, out=part(dq)[:, rows])
@@ -137,12 +138,20 @@ def _slices(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _through_maps(s: Tensor, basis: LinearBasis, spread: Callable[[int], Tensor]) -> Tensor:
-    """sum_f psi_f'(S) E_f, E_f = spread(f), through the maps' own graph: for a basis that names no slopes."""
+def _through_maps(
+    q: Tensor, k: Tensor, basis: LinearBasis, scratch: list[Tensor], spread: Callable[[int], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """As `_see`, with dS = sum_f psi_f'(S) E_f, E_f = spread(f), in place of S: by the graph of the maps themselves."""
+    maps, s, _ = scratch
+    x = torch.bmm(k, q.mT, out=s).detach().requires_grad_()
     with torch.enable_grad():
-        x = s.detach().clone().requires_grad_()
-        maps = {f: psi for f, psi in basis.maps(x) if psi.requires_grad}  # a constant map has no slope
-    return torch.autograd.grad(list(maps.values()), x, [spread(f).clone() for f in maps])[0] if maps else s.zero_()
+        psi = dict(basis.maps(x))
+    for f, psi_f in psi.items():
+        maps[:, f].copy_(psi_f.detach())
+    sloped = [f for f, psi_f in psi.items() if psi_f.requires_grad]  # a constant map has no slope
+    if not sloped:
+        return maps, torch.zeros_like(s)
+    return maps, torch.autograd.grad([psi[f] for f in sloped], x, [spread(f).clone() for f in sloped])[0]
 
 
 # For torch.compile: a block's steps are an operation that it takes as a whole, or it would unroll them all and, seeing

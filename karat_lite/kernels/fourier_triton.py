@@ -1,0 +1,200 @@
+"""Fourier-KArAt's core as fused GPU kernels (Triton): scores live in registers, tile by tile, and nowhere else.
+
+    S_kq   = scale * sum_c Q_kc K_qc                       q (B, h, M, d), k (B, h, N, d)
+    Out_ke = sum_f sum_q psi_f(S_kq) R_fqe                 right (B or 1, h, F, N, e) -> out (B, h, M, e)
+
+with psi_f = cos(m x), m = 1..G, then sin(m x), m = 1..G; F = 2G. One sum serves both operators: modular takes
+R_fqp = c_pqf, one for all images, e = r; full rank takes R_f = c_f^T V, one per image, e = d. Backward, given dOut:
+
+    E_f    = dOut R_f^T                                    (M, N)
+    dS     = sum_m m [cos(m S) E_(sin m) - sin(m S) E_(cos m)]
+    dQ     = scale dS K,   dK = scale dS^T Q,   dR_f = psi_f(S)^T dOut     (summed over the images that share R)
+
+Arrangement. Each program owns a block of rows of its result and loops over everything that is summed. No two programs
+write the same number, so there are no atomics, and two calls agree bit by bit.
+
+    kernel            owns                   loops over                  evaluates the scores
+    mix               rows of Out            q                           once per block of 64 e
+    score_gradient    rows of dQ             q                           once
+                      rows of dK             k                           once
+    right_gradient    rows of dR_f, 6 f      images of a group, k        once per 3 harmonics and block of 64 e
+
+Scores are evaluated anew in every kernel: d products and a sine cost less than moving M N numbers. The accumulators of
+dR must stay in registers, so three harmonics go at a time; the paper's G = 3 is one launch. Where images share R, the
+sum runs over the images of a group first, then over groups: one ordinary sum of a buffer of groups * h * F * N * e * 4
+bytes. The number of groups follows from the shapes alone (about PROGRAMS programs in all), so results do too.
+ViT-Tiny, 128 images, r = 12, G = 3: 32 groups, 5.4 MB.
+
+Types. float32 inputs are multiplied in float32 throughout ("ieee"). float16 and bfloat16 go through tensor cores with
+float32 accumulators: Q K^T and psi R in the inputs' type; products that hold a gradient in TF32, which has the range of
+float32, because dS grows like G^2 times dOut and R and would leave float16's. Scores and harmonics are float32 always.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fourier_programs import INTERPRETED, mix, right_gradient, score_gradient
+
+MAX_CHANNELS = 128  # d: blocks of queries, keys and their gradients must fit in registers
+MAX_GRID = 16  # G: tested up to 11, the paper's largest; the right gradient's code grows with it
+PROGRAMS = 512  # aim of the right gradient's grid: about four for each of a large GPU's 132 multiprocessors
+HARMONICS = 3  # accumulated at a time by the right gradient, which names its accumulators: 3 cosines, 3 sines
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+# ---- what the caller sees -------------------------------------------------------------------------------------------
+
+
+def supported(q: Tensor, right: Tensor) -> str | None:
+    """None where the kernels can take these tensors, else the reason why not, in one sentence."""
+    for x in (q, right):
+        if x.dtype not in TYPES:
+            return f"the Triton kernels take float32, float16 and bfloat16, got {x.dtype}: use another backend there."
+    if q.device.type != "cuda" and not INTERPRETED:
+        return (
+            f"the Triton kernels need a GPU, got tensors on {q.device}. To try them without one, set "
+            "TRITON_INTERPRET=1 before Python starts (slow, for tests)."
+        )
+    if q.shape[-1] > MAX_CHANNELS:
+        return f"the Triton kernels take at most {MAX_CHANNELS} channels per head, got {q.shape[-1]}: use more heads."
+    if right.shape[-3] > 2 * MAX_GRID:
+        return f"the Triton kernels take G up to {MAX_GRID}, got {right.shape[-3] // 2}: use another backend there."
+    return None
+
+
+@torch.library.custom_op("karat_lite::fourier_mix", mutates_args=(), device_types=("cpu", "cuda"))
+def mix_forward(q: Tensor, k: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Out_ke = sum_f sum_q psi_f(S_kq) R_fqe, S = scale Q K^T.
+
+    Args:
+        q: (B, h, M, d), float32, float16 or bfloat16. It may be a strided view, of a packed projection say; so may k.
+        k: (B, h, N, d) in the type of q.
+        right: (B, h, F, N, e), or (1, h, F, N, e) shared by all images; rounded to the type of q.
+        scale: factor of the scores.
+
+    Returns (B, h, M, e) in float32. Autograd does not pass through: its backward pass is `mix_backward`.
+    Raises `ValueError` for shapes that do not fit and for whatever `supported` names.
+    """
+    _check(q, k, right)
+    out = q.new_empty((*q.shape[:3], right.shape[-1]), dtype=torch.float32)
+    if out.numel() == 0 or right.numel() == 0:
+        return out.zero_()
+    right, plan = right.to(q.dtype).contiguous(), _plan(q, right)
+    grid = (_programs(q, plan), triton.cdiv(right.shape[-1], plan["BLOCK_E"]))
+    with _on(q):
+        mix[grid](q, k, right, out, scale, *q.shape[1:3], k.shape[2], *q.stride(), *k.stride(), _step(right), **plan)
+    return out
+
+
+@mix_forward.register_fake
+def _(q, k, right, scale):
+    return q.new_empty((*q.shape[:3], right.shape[-1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("karat_lite::fourier_mix_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def mix_backward(grad: Tensor, q: Tensor, k: Tensor, right: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(dQ, dK, dR) for grad = dOut (B, h, M, e); the other arguments as in `mix_forward`.
+
+    dQ and dK have the shapes and the type of q and k, contiguous; dR the shape of right, float32. For a shared right a
+    buffer of groups * h * F * N * e * 4 bytes holds partial sums (see the module).
+    """
+    _check(q, k, right)
+    (images, heads, rows, _), columns, (maps, _, e) = q.shape, k.shape[2], right.shape[2:]
+    if grad.shape != (*q.shape[:3], e):
+        raise ValueError(f"grad must be (B, h, M, e) = {(*q.shape[:3], e)}, as the output is, got {tuple(grad.shape)}.")
+    grad_q, grad_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    if grad.numel() == 0 or right.numel() == 0:
+        return grad_q.zero_(), grad_k.zero_(), right.new_zeros(right.shape, dtype=torch.float32)
+    shared, plan = right.shape[0] == 1, _plan(q, right)
+    grad, right, step = grad.contiguous(), right.to(q.dtype).contiguous(), _step(right)
+    strides = *q.stride(), *k.stride()
+    with _on(q):
+        for own, other, result, keys in ((q, k, grad_q, False), (k, q, grad_k, True)):
+            score_gradient[(_programs(own, plan),)](
+                grad, own, other, right, result, scale, heads, own.shape[2], other.shape[2],
+                *own.stride(), *other.stride(), step, KEYS=keys, **plan,
+            )  # fmt: skip
+
+        blocks = triton.cdiv(columns, plan["BLOCK_OWN"]) * heads
+        blocks_e = triton.cdiv(e, plan["BLOCK_E"])
+        share = -(-images // max(1, PROGRAMS // (blocks * blocks_e))) if shared else 1  # images of a group
+        groups = -(-images // share)
+        partial = q.new_empty((groups, heads, maps, columns, e), dtype=torch.float32)
+        if plan["BLOCK_E"] > 16:
+            plan["num_warps"] = 8  # six accumulators of 64 x 64
+        for first in range(0, maps // 2, HARMONICS):
+            right_gradient[(blocks * groups, blocks_e)](
+                grad, q, k, partial, scale, images, share, heads, rows, columns, *strides,
+                FIRST=first, COUNT=min(HARMONICS, maps // 2 - first), **plan,
+            )  # fmt: skip
+    return grad_q, grad_k, partial.sum(dim=0, keepdim=True) if shared and groups > 1 else partial
+
+
+@mix_backward.register_fake
+def _(grad, q, k, right, scale):
+    grad_q, grad_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    return grad_q, grad_k, right.new_empty(right.shape, dtype=torch.float32)
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def _check(q: Tensor, k: Tensor, right: Tensor) -> None:
+    if not (q.ndim == k.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3] and q.dtype == k.dtype):
+        raise ValueError(
+            f"q (B, h, M, d) and k (B, h, N, d) must share B, h, d and type: "
+            f"got {tuple(q.shape)} {q.dtype}, {tuple(k.shape)} {k.dtype}."
+        )
+    b, h, n = q.shape[0], q.shape[1], k.shape[2]
+    fits = right.ndim == 5 and right.shape[0] in (1, b) and (right.shape[1], right.shape[3]) == (h, n)
+    if not fits or right.shape[2] % 2:
+        raise ValueError(
+            f"right must be (B or 1, h, 2G, N, e), that is ({b} or 1, {h}, 2G, {n}, e), got {tuple(right.shape)}."
+        )
+    if (reason := supported(q, right)) is not None:
+        raise ValueError(reason)
+
+
+def _plan(q: Tensor, right: Tensor) -> dict:
+    """Constants of all kernels, by shapes and types alone. Registers decide: a thread has 255 at most.
+
+    A block owned by a program meets blocks of 32 on the other side: four tiles of harmonics, one or two of gradients
+    and the accumulators are alive at once. N = 197 fills blocks of 32 to 88 %, blocks of 64 to 77 %. Tensor cores
+    want 64 rows for a group of four warps; float32 products without them hold their operands in registers too: 32.
+    Beyond d = 64 eight warps share the tiles. e goes in blocks of at most 64.
+    """
+    d, maps, e = q.shape[-1], right.shape[-3], right.shape[-1]
+    single = q.dtype == torch.float32
+    block_d = max(16, triton.next_power_of_2(d))
+    return dict(
+        D=d,
+        E=e,
+        G=maps // 2,
+        BLOCK_OWN=32 if single else 64,
+        BLOCK_OTHER=32,
+        BLOCK_D=block_d,
+        BLOCK_E=min(64, max(16, triton.next_power_of_2(e))),
+        TYPE=tl.float32 if INTERPRETED else TYPES[q.dtype],  # bfloat16 arithmetic is wrong in the interpreter
+        PRECISION="ieee" if single or INTERPRETED else "tf32",
+        num_warps=4 if block_d <= 64 else 8,
+        num_stages=2,
+    )
+
+
+def _programs(own: Tensor, plan: dict) -> int:
+    """Programs that own the rows of (B, h, rows, d), laid along one axis of the grid: the others end at 65,535."""
+    return own.shape[0] * own.shape[1] * triton.cdiv(own.shape[2], plan["BLOCK_OWN"])
+
+
+def _step(right: Tensor) -> int:
+    """From one image's R to the next, in numbers; 0 where all share one."""
+    return 0 if right.shape[0] == 1 else right[0].numel()
+
+
+def _on(q: Tensor):
+    """Triton launches on the current device: make it that of q."""
+    return torch.cuda.device(q.device) if q.is_cuda else nullcontext()
