@@ -43,6 +43,17 @@ class EdgeBasis(Basis):
     def scaled(self, coef: Tensor, factor: Tensor) -> Tensor:
         return torch.cat([coef[..., :1] * factor.unsqueeze(-1), coef[..., 1:]], dim=-1)
 
+    def pull(self, x: Tensor, coef: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of sum grad phi(x; coef) by x and by coef: what an operator's backward pass needs of a basis.
+
+        x (h, q, 1, rows), coef (h, q, p, 1, P), grad (h, 1, p, rows) -> shapes of x and coef. By autograd here; a basis
+        that writes its slopes down is several times faster.
+        """
+        with torch.enable_grad():
+            x, coef = x.detach().requires_grad_(), coef.detach().requires_grad_()
+            value = self.evaluate(x, coef)
+        return torch.autograd.grad(value, (x, coef), grad.expand_as(value))
+
     def with_base(self, base: str) -> "EdgeBasis":
         return _EdgeWithBase(self, base)
 
@@ -75,16 +86,30 @@ class Rational(EdgeBasis):
 
     def evaluate(self, x: Tensor, coef: Tensor) -> Tensor:
         m, n = self.options["degrees"]
-        # With s = max(|x|, 1), u = x / s and v = 1 / s, both polynomials are s^m and s^n times sums of u^i v^(m - i):
-        # powers in x where it is small, in 1/x where it is large. They are the same on every edge, so that a sum over i
-        # is a matrix product.
-        s = x.abs().clamp(min=1.0)
-        u, v = _powers(x / s, max(m, n)), _powers(1 / s, max(m, n))
-        top = torch.stack([u[i] * v[m - i] for i in range(m + 1)], dim=-1)
-        bottom = torch.stack([u[i] * v[n - i] for i in range(1, n + 1)], dim=-1)
+        (top, s), (bottom, _) = _over_s(x, m), _over_s(x, n)
         a, b = coef[..., : m + 1], coef[..., m + 1 :]
-        value = torch.einsum("...i,...i->...", top, a) / (v[n] + torch.einsum("...i,...i->...", bottom, b).abs())
-        return value * _powers(s if m >= n else 1 / s, abs(m - n))[-1]
+        inner = torch.einsum("...i,...i->...", bottom[..., 1:], b)
+        return torch.einsum("...i,...i->...", top, a) / (bottom[..., 0] + inner.abs()) * s ** (m - n)
+
+    def pull(self, x: Tensor, coef: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """phi = t / (1 + |z|) with polynomials t and z: phi' = (t' - phi sign(z) z') / (1 + |z|); a, b: powers of x."""
+        m, n = self.options["degrees"]
+        a, b = coef.squeeze(3).split([m + 1, n], dim=-1)  # (h, q, p, ..)
+        # Powers over their own power of s, (h, q, i, rows): a sum over i is then a matrix product for all p and rows.
+        top, bottom, less_top, less_bottom = (
+            _over_s(x.squeeze(2), degree)[0].transpose(-2, -1) for degree in (m, n, max(m - 1, 0), n - 1)
+        )
+        s = x.abs().clamp(min=1.0)
+        inner = b @ bottom[..., 1:, :]  # z / s^n
+        below, sign = bottom[..., :1, :] + inner.abs(), inner.sign()
+        ratio = (a @ top) / below * sign  # phi sign(z) / s^(m - n)
+        i, j = (torch.arange(1, degree + 1, dtype=x.dtype, device=x.device) for degree in (m, n))
+        slope = (a[..., 1:] * i) @ less_top[..., :m, :] - ratio * ((b * j) @ less_bottom)
+        weight = grad / below
+        dx = (weight * slope).sum(dim=2, keepdim=True) * s ** (m - n - 1)
+        weight = weight * s ** (m - n)
+        da, db = weight @ top.transpose(-2, -1), -(weight * ratio) @ bottom[..., 1:, :].transpose(-2, -1)
+        return dx, torch.cat([da, db], dim=-1).unsqueeze(3)
 
     @torch.no_grad()
     def draw(self, coef: Tensor, init: str, num_edges: int) -> None:
@@ -105,18 +130,23 @@ class Rational(EdgeBasis):
         return torch.cat([coef[..., : m + 1] * factor.unsqueeze(-1), coef[..., m + 1 :]], dim=-1)
 
 
-def _powers(x: Tensor, highest: int) -> list[Tensor]:
-    """1, x, x^2, ..., x^highest."""
-    powers = [torch.ones_like(x)]
-    for _ in range(highest):
-        powers.append(powers[-1] * x)
-    return powers
+def _over_s(x: Tensor, degree: int) -> tuple[Tensor, Tensor]:
+    """x^i / s^degree for i = 0 .. degree on a new last axis, and s = max(|x|, 1): no power overflows.
+
+    They are products of powers of x / s and 1 / s, so of x where it is small and of 1 / x where it is large.
+    """
+    s = x.abs().clamp(min=1.0)
+    u, v = [torch.ones_like(x)], [torch.ones_like(x)]
+    for _ in range(degree):
+        u.append(u[-1] * (x / s))
+        v.append(v[-1] / s)
+    return torch.stack([u[i] * v[degree - i] for i in range(degree + 1)], dim=-1), s
 
 
 class Wavelet(EdgeBasis):
     """phi(x) = w psi((x - tau) / s), s = exp(log_s): P = 3 parameters w, tau, log_s, which start at tau = 0, s = 1.
 
-    The grid size plays no part. Subclasses define the mother function `psi`.
+    The grid size plays no part. Subclasses define the mother function `psi`, and `psi_and_slope` for backward passes.
     """
 
     rest = (0.0, 0.0)
@@ -126,9 +156,24 @@ class Wavelet(EdgeBasis):
         """The mother function at x~ = (x - tau) / s."""
         raise NotImplementedError
 
+    @staticmethod
+    def psi_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        """psi(x~) and psi'(x~), which share most of their work."""
+        raise NotImplementedError
+
     def evaluate(self, x: Tensor, coef: Tensor) -> Tensor:
         w, tau, log_s = coef.unbind(-1)
         return w * self.psi((x - tau) * torch.exp(-log_s))
+
+    def pull(self, x: Tensor, coef: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """dphi = psi dw + w psi' dx~,  dx~ = (dx - dtau) / s - x~ dlog_s."""
+        w, tau, log_s = coef.unbind(-1)  # (h, q, p, 1) each
+        shrink = torch.exp(-log_s)
+        x = (x - tau) * shrink
+        psi, steep = (y.mul_(grad) for y in self.psi_and_slope(x))
+        dw, rise, turn = (y.sum(dim=-1, keepdim=True) for y in (psi, steep, x.mul_(steep)))
+        dx = (w * shrink).transpose(-2, -1) @ steep  # the sum over p
+        return dx, torch.stack([dw, -w * shrink * rise, -w * turn], dim=-1)
 
 
 @register_basis("mexican_hat")
@@ -139,6 +184,12 @@ class MexicanHat(Wavelet):
     def psi(x: Tensor) -> Tensor:
         return 2 / (math.sqrt(3) * math.pi**0.25) * (x.square() - 1) * torch.exp(-0.5 * x.square())
 
+    @staticmethod
+    def psi_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        square = x.square()
+        bell = 2 / (math.sqrt(3) * math.pi**0.25) * torch.exp(-0.5 * square)
+        return (square - 1) * bell, x * (3 - square) * bell
+
 
 @register_basis("morlet")
 class Morlet(Wavelet):
@@ -148,6 +199,11 @@ class Morlet(Wavelet):
     def psi(x: Tensor) -> Tensor:
         return torch.cos(5 * x) * torch.exp(-0.5 * x.square())
 
+    @staticmethod
+    def psi_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        bell, cos, sin = torch.exp(-0.5 * x.square()), torch.cos(5 * x), torch.sin(5 * x)
+        return cos * bell, -(5 * sin + x * cos) * bell
+
 
 @register_basis("dog")
 class DOG(Wavelet):
@@ -156,6 +212,12 @@ class DOG(Wavelet):
     @staticmethod
     def psi(x: Tensor) -> Tensor:
         return x * torch.exp(-0.5 * x.square())
+
+    @staticmethod
+    def psi_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        square = x.square()
+        bell = torch.exp(-0.5 * square)
+        return x * bell, (1 - square) * bell
 
 
 @register_basis("meyer")
@@ -173,10 +235,25 @@ class Meyer(Wavelet):
         window = torch.cos(0.5 * math.pi * _nu(torch.relu(2 * t - 1)))  # cos 0 = 1 up to t = 1/2, 0 at t = 1
         return torch.sin(math.pi * size) * window * (size < 1)
 
+    @staticmethod
+    def psi_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        size = x.abs()
+        a = 1 - torch.relu(1 - size)
+        b = torch.relu(2 * _nu(a) - 1)
+        sin, window, angle = torch.sin(math.pi * size), size < 1, 0.5 * math.pi * _nu(b)
+        cos_angle = torch.cos(angle) * window
+        fall = torch.sin(angle) * (_nu_slope(b) * _nu_slope(a))  # d angle / d size = pi nu'(b) nu'(a)
+        slope = math.pi * (torch.cos(math.pi * size) * cos_angle - sin * fall * window)
+        return sin * cos_angle, slope * x.sign()
+
 
 def _nu(t: Tensor) -> Tensor:
     square = t * t
     return square * square * (35 - t * (84 - t * (70 - 20 * t)))
+
+
+def _nu_slope(t: Tensor) -> Tensor:
+    return 140 * (t * (1 - t)) ** 3
 
 
 @register_basis("shannon")
@@ -185,9 +262,20 @@ class Shannon(Wavelet):
 
     @staticmethod
     def psi(x: Tensor) -> Tensor:
-        zero = x == 0  # sin(x)/x, and 1 there
-        window = 0.54 + 0.46 * torch.cos(0.5 * x)
-        return (torch.sin(x) + zero) / (x + zero) * window * (x.abs() <= 2 * math.pi)
+        zero, half = x == 0, 0.5 * x
+        cos = torch.cos(half)
+        ratio = (2 * torch.sin(half) * cos + zero) / (x + zero)  # sin x / x, and 1 at 0
+        return ratio * (0.54 + 0.46 * cos) * (x.abs() <= 2 * math.pi)
+
+    @staticmethod
+    def psi_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        zero, half, inside = x == 0, 0.5 * x, x.abs() <= 2 * math.pi
+        sin, cos = torch.sin(half), torch.cos(half)
+        below = x + zero
+        ratio = (2 * sin * cos + zero) / below  # sin x / x
+        window = (0.54 + 0.46 * cos) * inside
+        slope = (2 * cos * cos - 1 - ratio) / below * window - 0.23 * sin * ratio * inside
+        return ratio * window, slope
 
 
 class _EdgeWithBase(EdgeBasis):

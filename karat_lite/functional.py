@@ -16,7 +16,6 @@ import warnings
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .bases import Basis, LinearBasis, wide
 from .checks import one_of
@@ -24,7 +23,7 @@ from .fourier import Fourier
 from .recompute import recompute
 
 BACKENDS = ("reference", "contraction", "recompute", "triton")
-AT_ONCE = 1 << 18  # numbers that an edge basis evaluates at a time: planes that stay in the processor's cache
+AT_ONCE = 1 << 17  # numbers that an edge basis evaluates at a time: planes that stay in the processor's cache
 
 
 def attention_scores(q: Tensor, k: Tensor, *, scale: float | None = None) -> Tensor:
@@ -51,7 +50,7 @@ def apply_operator(x: Tensor, basis: Basis, coef: Tensor) -> Tensor:
         columns, theta = rearrange(x, "B h k q -> h q 1 (B k)"), rearrange(coef, "h p q P -> h q p 1 P")
         some = max(1, AT_ONCE // max(1, columns[:, 0].numel() * coef.shape[1]))
         parts = zip(columns.split(some, dim=1), theta.split(some, dim=1), strict=True)
-        y = sum(_edge_units(x_q, basis, theta_q) for x_q, theta_q in parts)
+        y = sum(_EdgeUnits.apply(x_q, theta_q, basis) for x_q, theta_q in parts)
         return rearrange(y, "h p (B k) -> B h k p", k=x.shape[2])
     rows = rearrange(x, "B h k q -> h (B k) q")  # a head's operator is the same for every row of every image
     y = coef.new_zeros(())
@@ -60,15 +59,22 @@ def apply_operator(x: Tensor, basis: Basis, coef: Tensor) -> Tensor:
     return rearrange(y, "h (B k) p -> B h k p", k=x.shape[2])  # k, not B: a batch may be empty
 
 
-def _edge_units(x: Tensor, basis: Basis, theta: Tensor) -> Tensor:
-    """sum_q phi(x_q; theta_pq): x (h, q, 1, rows), theta (h, q, p, 1, P) -> (h, p, rows), computed twice, not kept."""
+class _EdgeUnits(torch.autograd.Function):
+    """sum_q phi(x_q; theta_pq): x (h, q, 1, rows), theta (h, q, p, 1, P) -> (h, p, rows); keeps x and theta alone."""
 
-    def compute(x, theta):
+    @staticmethod
+    def forward(ctx, x, theta, basis):
+        ctx.save_for_backward(x, theta)
+        ctx.basis = basis
         return basis.evaluate(x, theta).sum(dim=1)
 
-    if not (torch.is_grad_enabled() and (x.requires_grad or theta.requires_grad)):
-        return compute(x, theta)
-    return checkpoint(compute, x, theta, use_reentrant=False, preserve_rng_state=False)
+    @staticmethod
+    def backward(ctx, grad):
+        x, theta = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the gradient shall be differentiated too
+            y = ctx.basis.evaluate(x, theta).sum(dim=1)
+            return *torch.autograd.grad(y, (x, theta), grad, create_graph=True), None
+        return *ctx.basis.pull(x, theta, grad.unsqueeze(1)), None
 
 
 def mix_values(x: Tensor, basis: Basis, coef: Tensor, v: Tensor) -> Tensor:

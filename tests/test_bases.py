@@ -293,3 +293,22 @@ def test_options_go_with_a_name_not_with_an_object():
     with pytest.raises(TypeError, match=r"Fourier\(grid=2\) is made already: give order"):
         kl.make_basis(kl.Fourier(2), order=3)
     assert repr(kl.make_basis("bspline", 4, order=2)) == "BSpline(grid=4, order=2, reach=4.0)"
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e4])
+@pytest.mark.parametrize(
+    "name, options",
+    [(name, {}) for name in ("dog", "mexican_hat", "morlet", "meyer", "shannon", "rational")]
+    + [("rational", dict(degrees=degrees)) for degrees in ((2, 3), (0, 1), (4, 4))],
+)
+def test_gradients_that_a_basis_writes_down_are_those_of_its_formula(name, options, size):
+    """`pull` against autograd through `evaluate`, every parameter, scores of any size."""
+    basis, generator = kl.make_basis(name, **options), torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, coef, grad = size * normal(2, 3, 1, 50), normal(2, 3, 4, 1, basis.num_parameters), normal(2, 1, 4, 50)
+    for found, wanted in zip(basis.pull(x, coef, grad), kl.EdgeBasis.pull(basis, x, coef, grad), strict=True):
+        assert found.shape == wanted.shape
+        assert (found - wanted).abs().max() <= 1e-12 * wanted.abs().max() + 1e-14

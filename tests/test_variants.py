@@ -357,3 +357,11 @@ def test_bases_with_parameters_inside_fit_in_six_gigabytes(basis):
     """ViT-Tiny at 224 pixels, rank 12, four images, forward and backward: peak resident memory of the process."""
     run = subprocess.run([sys.executable, "-c", PEAK, basis], capture_output=True, text=True, check=True)
     assert float(run.stdout) <= 6.0
+
+
+@pytest.mark.parametrize("name", ["dog", "rational"])
+def test_an_edge_basis_can_be_differentiated_twice(name):
+    torch.manual_seed(0)
+    operator = kl.KArAtOperator(1, 3, name, rank=2).double()
+    q, k, v = (torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert torch.autograd.gradgradcheck(operator.attend, (q, k, v))
