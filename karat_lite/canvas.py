@@ -165,3 +165,21 @@ def multiple_of_pi(value: float, _) -> str:
     whole, half = divmod(abs(halves), 2)
     number = f"{abs(halves) if abs(halves) > 1 else ''}π/2" if half else f"{whole if whole > 1 else ''}π"
     return ("−" if halves < 0 else "") + number
+
+
+def short(value: float) -> str:
+    """A positive number in about three digits, without powers of ten where there is no need."""
+    return f"{value:,.0f}" if 99.5 <= value < 1e6 else f"{value:.2g}" if value < 10 else f"{value:.3g}"
+
+
+def apart(heights: np.ndarray, gap: float, top: float) -> np.ndarray:
+    """Falling heights, none above `top`, moved as little as they need to lie at least `gap` from each other."""
+    heights = np.array(heights, dtype=float)
+    for _ in range(500):
+        heights[:1] = np.minimum(heights[:1], top)
+        lack = np.maximum(0, gap - (heights[:-1] - heights[1:])) / 2
+        if lack.max(initial=0) < 1e-4:
+            break
+        heights[:-1] += lack
+        heights[1:] -= lack
+    return heights

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
 from .canvas import (
     COLOURS,
@@ -16,6 +16,7 @@ from .canvas import (
     INK,
     LINES,
     WIDTH,
+    apart,
     as_array,
     as_picture,
     colour_bar,
@@ -26,6 +27,7 @@ from .canvas import (
     multiple_of_pi,
     need_mapping,
     sheet,
+    short,
     show_pixels,
     stretch,
     wall,
@@ -256,4 +258,82 @@ def learned_functions(
     if 0.9 <= turns <= 5:  # a Fourier unit repeats after 2 pi: let the ticks show it
         below.xaxis.set_major_locator(MultipleLocator(np.pi / 2 if turns < 1.6 else np.pi))
         below.xaxis.set_major_formatter(FuncFormatter(multiple_of_pi))
+    return figure
+
+
+def costs(rows: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Ways of doing one thing, a line each, and a panel for every quantity that they cost, on a logarithmic axis.
+
+    rows: name -> quantity with its unit -> value. Beside a panel stands each value, and how many times the first row's
+    it is (where that is not 1 anyway).
+    """
+    need_mapping("rows", rows)
+    names, quantities = list(rows), list(next(iter(rows.values())))
+    values = as_array("rows", [[rows[name].get(quantity, np.nan) for quantity in quantities] for name in names], 2)
+    if values.min() <= 0:
+        raise ValueError(f"a logarithmic axis has no place for {values.min():g}: values must be positive.")
+    said = [[short(v) for v in values[0]]]
+    for row in values[1:]:
+        ratios = ["" if base == 1 else f" ({short(v / base)}x)" for v, base in zip(row, values[0], strict=True)]
+        said.append([short(v) + ratio for v, ratio in zip(row, ratios, strict=True)])
+    left, words = 0.2 + 0.078 * max(map(len, names)), max(1.15, 0.12 + 0.07 * max(len(w) for row in said for w in row))
+    panel = ((WIDTH - left) / len(quantities) - words, 0.1 + 0.3 * len(names))
+    figure, panels = sheet(1, len(quantities), panel, margins=(left, words, 0.55, 0.1), gaps=(words, 0))
+    for i, (axes, column) in enumerate(zip(panels, values.T, strict=True)):
+        axes.set_xscale("log")
+        low, high = np.log10(column.min()), np.log10(column.max())
+        room = 0.12 * max(0.5, high - low)
+        axes.set_xlim(10 ** (low - room), 10 ** (high + room))
+        for j, value in enumerate(column):
+            axes.plot([axes.get_xlim()[0], value], [j, j], color="#cccccc", linewidth=1.5, zorder=1)
+            axes.plot(value, j, "o", color=COLOURS[j % len(COLOURS)], markersize=7)
+            beside = dict(xycoords=("axes fraction", "data"), va="center", color=INK, fontsize=8.5)
+            axes.annotate(said[j][i], (1.04, j), **beside)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_yticks(range(len(names)), names if i == 0 else [""] * len(names), fontsize=9.5)
+        axes.tick_params(axis="y", length=0)
+        label_axes(axes, quantities[i], "")
+        axes.xaxis.set_label_coords(0.5, -0.34 / panel[1])
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high - low < 1.3 else LogLocator(numticks=4))
+        if high - low < 1.3:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(visible=False, axis="y")
+    return figure
+
+
+def roofline(points: Mapping[str, tuple[float, float]], flops: float, bytes: float) -> Figure:
+    """What a machine can do at most, and what was reached: operations per byte across, operations per second up.
+
+    points: name -> (operations per byte visited, operations per second). flops, bytes: the limits, per second. A name
+    stands at the right, at its point's height or as near as there is room, with a thin line to the point.
+    """
+    need_mapping("points", points)
+    dots = as_array("points", list(points.values()), 2)
+    if dots.min() <= 0 or min(flops, bytes) <= 0:
+        raise ValueError("a logarithmic axis has no place for 0: points and limits must be positive.")
+    width, height = 5.4, 3.7
+    figure, (axes,) = sheet(1, 1, (width, height), margins=(0.75, 0.3 + 0.085 * max(map(len, points)), 0.55, 0.15))
+    ridge = flops / bytes
+    across = np.array([min(dots[:, 0].min(), ridge) / 2, max(dots[:, 0].max(), ridge) * 2])
+    up = np.array([min(dots[:, 1].min(), across[0] * bytes) / 2, max(flops, dots[:, 1].max()) * 2.2]) / 1e9
+    axes.set(xscale="log", yscale="log", xlim=across, ylim=up)
+    axes.tick_params(which="both", colors=INK)
+    roof = np.array([across[0], ridge, across[1]])
+    axes.plot(roof, np.minimum(roof * bytes, flops) / 1e9, color=INK, linewidth=2)
+    look = dict(textcoords="offset points", fontsize=9, color=INK)
+    axes.annotate(f"matrix products: {short(flops / 1e9)} G/s", (ridge, flops / 1e9), (2, 5), **look)
+    slope = np.degrees(np.arctan((height / np.log10(up[1] / up[0])) / (width / np.log10(across[1] / across[0]))))
+    start = across[0] * 1.2
+    axes.annotate(f"memory: {short(bytes / 1e9)} GB/s", (start, start * bytes / 1e9), (-3, 5), rotation=slope,
+                  rotation_mode="anchor", **look)  # fmt: skip
+    order = np.argsort(-dots[:, 1])
+    height_of = lambda value: np.log10(value / 1e9 / up[0]) / np.log10(up[1] / up[0])  # noqa: E731
+    heights = apart(height_of(dots[order, 1]), gap=0.068, top=height_of(flops) - 0.03)
+    for i, (j, at) in enumerate(zip(order, heights, strict=True)):
+        colour, line = COLOURS[i % len(COLOURS)], dict(arrowstyle="-", linewidth=0.8, shrinkA=0, relpos=(0, 0.5))
+        axes.annotate(list(points)[j], dots[j] / (1, 1e9), (1.03, at), textcoords="axes fraction", va="center",
+                      fontsize=9, color=INK, arrowprops=line | {"color": colour})  # fmt: skip
+        axes.plot(dots[j, 0], dots[j, 1] / 1e9, "o", color=colour, markersize=8, markeredgecolor="white", zorder=4)
+    label_axes(axes, "operations per byte visited", "operations per second (billions)")
     return figure

@@ -59,7 +59,19 @@ def scene(name) -> Figure:
         "learned_functions": lambda: plots.learned_functions(
             x, curves, ["chosen", "", "", "", "other"], "a title", scores=records["karat"][0].scores
         ),
+        "costs": lambda: plots.costs(COSTS),
+        "roofline": lambda: plots.roofline(POINTS, 180e9, 30e9),
     }[name]()
 
 
-SCENES = ("training_curves", "twins_accuracy", "images", "matrices", "attention_over_image", "learned_functions")
+COSTS = {
+    "softmax, eager": {"time (ms)": 7.0, "kept (MB)": 7.4, "traffic (GB)": 0.07},
+    "broadcast": {"time (ms)": 1043.0, "kept (MB)": 41.1, "traffic (GB)": 82841.0},
+    "full rank, values mixed": {"time (ms)": 57.0, "kept (MB)": 3.6, "traffic (GB)": 0.77},
+}
+# Operations a byte and a second; several of them nearly the same.
+POINTS = {"softmax": (10, 100e9), "broadcast": (0.3, 1e9), "contraction": (1.9, 27e9), "associativity": (1.8, 28e9),
+          "recompute": (1.6, 26e9), "recurrence": (1.5, 27.5e9), "full rank, values mixed": (8.5, 99e9)}  # fmt: skip
+
+SCENES = ("training_curves", "twins_accuracy", "images", "matrices", "attention_over_image", "learned_functions",
+          "costs", "roofline")  # fmt: skip

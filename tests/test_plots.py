@@ -10,7 +10,7 @@ import matplotlib.style
 import numpy as np
 import pytest
 import torch
-from figures import SCENES, history, pixels, scene, seen, texts
+from figures import COSTS, POINTS, SCENES, history, pixels, scene, seen, texts
 from matplotlib.colors import to_hex
 
 from karat_lite import canvas, plots
@@ -113,6 +113,31 @@ def test_matrices_share_a_scale_within_a_title_and_are_white_at_zero_when_signed
     assert "query token k" in texts(figure) and "key token q" in texts(figure)
 
 
+def test_costs_are_compared_with_the_first_row():
+    figure = plots.costs(COSTS)
+    assert [axes.get_xlabel() for axes in figure.axes] == list(COSTS["broadcast"])
+    for axes, quantity in zip(figure.axes, COSTS["broadcast"], strict=True):
+        drawn = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1]
+        assert drawn == [row[quantity] for row in COSTS.values()] and axes.get_xscale() == "log"
+    assert "1,043 (149x)" in texts(figure) and "3.6 (0.49x)" in texts(figure) and "7.4 |" in texts(figure)
+    ratios = plots.costs({"a": {"x": 1.0}, "b": {"x": 2.5}})
+    assert "2.5" in texts(ratios) and "(2.5x)" not in texts(ratios), "times 1 need not be said"
+
+
+def test_roofline_draws_the_limits_and_names_every_point():
+    (axes,) = plots.roofline(POINTS, 180e9, 30e9).axes
+    roof, *dots = axes.lines
+    assert roof.get_xdata()[1] == 6 and np.allclose(roof.get_ydata()[1:], 180)
+    assert np.allclose(roof.get_ydata()[0] / roof.get_xdata()[0], 30)
+    drawn = {(dot.get_xdata()[0], dot.get_ydata()[0] * 1e9) for dot in dots}
+    assert np.allclose(sorted(drawn), sorted(POINTS.values()))
+    pixels(axes.figure)  # names are placed when they are drawn
+    names = [text for text in axes.texts if text.get_text() in POINTS]
+    boxes = sorted((matplotlib.text.Text.get_window_extent(name) for name in names), key=lambda box: box.y0)
+    assert len(boxes) == len(POINTS)
+    assert all(low.y1 <= high.y0 for low, high in zip(boxes, boxes[1:], strict=False)), "names lie over each other"
+
+
 def test_attention_lies_over_the_patches_that_it_belongs_to():
     """One patch of one head attended to: that patch takes the strongest colour, and the other pictures stay even."""
     image, rows = torch.zeros(3, 8, 8), torch.zeros(2, 16)
@@ -202,6 +227,9 @@ BAD = {
     ),
     "points": (lambda: plots.learned_functions(X, [X[:3]]), ValueError, "5 points of x"),
     "labels": (lambda: plots.learned_functions(X, [X, X], ["a"]), ValueError, "1 labels"),
+    "a cost of nothing": (lambda: plots.costs({"a": {"x": 1.0}, "b": {"x": 0.0}}), ValueError, "no place for 0"),
+    "a cost that is missing": (lambda: plots.costs({"a": {"x": 1.0}, "b": {}}), ValueError, "rows holds 1 values"),
+    "a point without speed": (lambda: plots.roofline({"a": (1, 0)}, 1, 1), ValueError, "no place for 0"),
     "falling": (lambda: plots.learned_functions(-X, [X]), ValueError, "rising"),
     "words": (lambda: plots.learned_functions(X, ["curve"]), ValueError, "array of numbers"),
 }  # fmt: skip

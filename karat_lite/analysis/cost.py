@@ -1,7 +1,7 @@
 """What a computation costs: bytes kept for the backward pass, operations, bytes visited, time, peak memory.
 
-`kept_bytes` and `count` are exact and the same on every machine; `compare`, `peak_memory` and `machine_limits` measure
-this one.
+`kept_bytes` and `count` are exact and the same on every machine; `predict` is a formula for them, for sizes that nobody
+wants to run; `compare`, `peak_memory` and `machine_limits` measure this one.
 """
 
 import ctypes
@@ -90,15 +90,73 @@ def _fused_attention_gradients(grad, q, k, *args, out_shape=None, **kwargs) -> i
     return _fused_attention(q, k, None) * 5 // 2  # the scores again, and two products each for both of the two
 
 
+def _product_in_place(total, a, b, *args, out_shape=None, **kwargs) -> int:
+    """total += a b, which FlopCounterMode knows only where it makes a new tensor."""
+    return 2 * math.prod(a) * b[-1]
+
+
 def count(run: Callable[[], object]) -> Count:
     """Count the operations of `run()`, forward and backward as it does them; inside a fused kernel only products."""
-    fused = {
+    unknown = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_attention_gradients,
+        torch.ops.aten.addmm_: _product_in_place,
+        torch.ops.aten.baddbmm_: _product_in_place,
     }
-    with FlopCounterMode(display=False, custom_mapping=fused) as products, _Traffic() as traffic:
+    with FlopCounterMode(display=False, custom_mapping=unknown) as products, _Traffic() as traffic:
         run()
     return Count(products.get_total_flops(), traffic.transcendental, traffic.visited)
+
+
+class Predicted(NamedTuple):
+    """What `kept_bytes` and `count` would find, by formula."""
+
+    kept: int  # bytes kept for the backward pass, parameters apart
+    flops: int  # forward and backward
+    bytes_visited: int
+
+
+FORMS = ("softmax", "fused softmax", "broadcast", "features", "recompute")
+
+
+def predict(
+    form: str, *, batch: int, heads: int, tokens: int, width: int, grid: int = 3, rank: int | None = 12
+) -> Predicted:
+    """One attention layer in float32, forward and backward, without running it; `rank=None` is the full-rank operator.
+
+    Forms: "softmax", product by product; "fused softmax", `scaled_dot_product_attention`; "broadcast", every unit on
+    every score; "features", the maps cos and sin of mS side by side and one product; "recompute", the package's
+    backend. Bytes kept and flops are what the counters find (a single image saves "features" a copy of the
+    coefficients); traffic, from 65 tokens on, to a fifth: large arrays are counted, small ones fitted. The flops of
+    "broadcast" hold the multiplications and additions of its units: no matrix products, so `count` does not see them.
+    """
+    one_of("form", form, FORMS)
+    full, r = rank is None, tokens if rank is None else rank
+    maps = 2 * grid
+    scores, q = batch * heads * tokens**2, batch * heads * tokens * width
+    y, coef = batch * heads * tokens * r, heads * r * tokens * maps
+    product = 2 * scores * width  # Q K^T, and whatever takes as many
+    mixing = 2 * scores * maps * (width if full else r)  # the maps times coefficients, or times mixed values
+    if form == "softmax":
+        kept, flops, visited = scores + 3 * q, 6 * product, 13 * scores + 18 * q
+    elif form == "fused softmax":
+        kept, flops, visited = 4 * q + q // width, 7 * product, 12 * q + 2 * q // width
+    elif form == "broadcast":
+        kept = (3 * grid + 1) * scores + 3 * q + (0 if full else y)
+        flops = 6 * product + 6 * scores * r * maps + (0 if full else 6 * scores * r)
+        visited = scores * (18 * r * grid + 2 * r + 29 * grid + (11 if full else 18)) + 19 * q + 9 * coef
+    elif form == "features":
+        more = maps * q + coef if full else (maps + 2) * y + y // tokens * width
+        kept = 3 * grid * scores + 3 * q + more
+        flops = 3 * product + (6 * mixing if full else 3 * mixing + 12 * y * width)
+        small = (21 + 27 * grid) * q + 8 * coef if full else 19 * q + (17 + 10 * grid) * y + 12 * coef
+        visited = scores * (32 * grid + 7) + small
+    else:
+        kept = 3 * q + (0 if full else y)
+        flops = 4 * product + (7 * mixing + 6 * q * maps**2 if full else 3 * mixing + 14 * y * width + 6 * coef * maps)
+        small = (56 + 110 * grid) * q + 14 * coef if full else 70 * q + (50 * grid - 20) * y + 43 * coef
+        visited = scores * (26 * grid - 2) + small
+    return Predicted(4 * kept, flops, 4 * visited)
 
 
 class Timing(NamedTuple):
