@@ -71,10 +71,14 @@ class _EdgeUnits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, theta = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the gradient shall be differentiated too
-            y = ctx.basis.evaluate(x, theta).sum(dim=1)
-            return *torch.autograd.grad(y, (x, theta), grad, create_graph=True), None
-        return *ctx.basis.pull(x, theta, grad.unsqueeze(1)), None
+        # Called inside autocast, a backward pass would round what the forward pass computed in float32.
+        with torch.autocast(grad.device.type, enabled=False):
+            if not torch.is_grad_enabled():
+                return *ctx.basis.pull(x, theta, grad.unsqueeze(1)), None
+            # create_graph=True: the gradient shall be differentiated too
+            y, wanted = ctx.basis.evaluate(x, theta).sum(dim=1), [t for t in (x, theta) if t.requires_grad]
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return *(next(found) if t.requires_grad else None for t in (x, theta)), None
 
 
 def mix_values(x: Tensor, basis: Basis, coef: Tensor, v: Tensor) -> Tensor:

@@ -365,3 +365,22 @@ def test_an_edge_basis_can_be_differentiated_twice(name):
     operator = kl.KArAtOperator(1, 3, name, rank=2).double()
     q, k, v = (torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
     assert torch.autograd.gradgradcheck(operator.attend, (q, k, v))
+    for x in (q, k):  # frozen scores: the operator's own gradient can still be differentiated
+        x.requires_grad_(False)
+    out = operator.attend(q, k, v).square().sum()
+    (slope,) = torch.autograd.grad(out, operator.coef, create_graph=True)
+    assert torch.autograd.grad(slope.square().sum(), operator.coef)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["dog", "rational"])
+def test_a_backward_pass_inside_autocast_is_not_rounded(name):
+    """The operator alone: PyTorch itself rounds the products around it when its backward pass runs inside autocast."""
+    torch.manual_seed(0)
+    basis, scores = kl.make_basis(name), torch.randn(2, 1, 17, 17, requires_grad=True)
+    coef = torch.randn(1, 4, 17, basis.num_parameters, requires_grad=True)
+    gradients = []
+    for inside in (False, True):
+        out = kl.functional.apply_operator(scores, basis, coef).square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            gradients.append(torch.autograd.grad(out, (scores, coef)))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
