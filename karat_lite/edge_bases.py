@@ -86,30 +86,29 @@ class Rational(EdgeBasis):
 
     def evaluate(self, x: Tensor, coef: Tensor) -> Tensor:
         m, n = self.options["degrees"]
-        (top, s), (bottom, _) = _over_s(x, m), _over_s(x, n)
-        a, b = coef[..., : m + 1], coef[..., m + 1 :]
-        inner = torch.einsum("...i,...i->...", bottom[..., 1:], b)
-        return torch.einsum("...i,...i->...", top, a) / (bottom[..., 0] + inner.abs()) * s ** (m - n)
+        s, top, bottom = _powers(x, m, n)
+        inner = torch.einsum("i...,...i->...", bottom[1:], coef[..., m + 1 :])
+        return torch.einsum("i...,...i->...", top, coef[..., : m + 1]) / (bottom[0] + inner.abs()) * s ** (m - n)
 
     def pull(self, x: Tensor, coef: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """phi = t / (1 + |z|) with polynomials t and z: phi' = (t' - phi sign(z) z') / (1 + |z|); a, b: powers of x."""
         m, n = self.options["degrees"]
         a, b = coef.squeeze(3).split([m + 1, n], dim=-1)  # (h, q, p, ..)
         # Powers over their own power of s, (h, q, i, rows): a sum over i is then a matrix product for all p and rows.
-        top, bottom, less_top, less_bottom = (
-            _over_s(x.squeeze(2), degree)[0].transpose(-2, -1) for degree in (m, n, max(m - 1, 0), n - 1)
-        )
-        s = x.abs().clamp(min=1.0)
+        s, *tables = _powers(x.squeeze(2), m, n, max(m - 1, 0), n - 1)
+        top, bottom, less_top, less_bottom = (table.movedim(0, -2) for table in tables)
         inner = b @ bottom[..., 1:, :]  # z / s^n
-        below, sign = bottom[..., :1, :] + inner.abs(), inner.sign()
-        ratio = (a @ top) / below * sign  # phi sign(z) / s^(m - n)
+        sign = inner.sign()
+        below = inner.abs_().add_(bottom[..., :1, :])
+        ratio = (a @ top).div_(below).mul_(sign)  # phi sign(z) / s^(m - n)
         i, j = (torch.arange(1, degree + 1, dtype=x.dtype, device=x.device) for degree in (m, n))
-        slope = (a[..., 1:] * i) @ less_top[..., :m, :] - ratio * ((b * j) @ less_bottom)
+        slope = (a[..., 1:] * i) @ less_top[..., :m, :] - ((b * j) @ less_bottom).mul_(ratio)
         weight = grad / below
-        dx = (weight * slope).sum(dim=2, keepdim=True) * s ** (m - n - 1)
-        weight = weight * s ** (m - n)
-        da, db = weight @ top.transpose(-2, -1), -(weight * ratio) @ bottom[..., 1:, :].transpose(-2, -1)
-        return dx, torch.cat([da, db], dim=-1).unsqueeze(3)
+        s = s.unsqueeze(2)
+        dx = slope.mul_(weight).sum(dim=2, keepdim=True) * s ** (m - n - 1)
+        weight *= s ** (m - n)
+        da, db = weight @ top.transpose(-2, -1), ratio.mul_(weight) @ bottom[..., 1:, :].transpose(-2, -1)
+        return dx, torch.cat([da, -db], dim=-1).unsqueeze(3)
 
     @torch.no_grad()
     def draw(self, coef: Tensor, init: str, num_edges: int) -> None:
@@ -130,17 +129,17 @@ class Rational(EdgeBasis):
         return torch.cat([coef[..., : m + 1] * factor.unsqueeze(-1), coef[..., m + 1 :]], dim=-1)
 
 
-def _over_s(x: Tensor, degree: int) -> tuple[Tensor, Tensor]:
-    """x^i / s^degree for i = 0 .. degree on a new last axis, and s = max(|x|, 1): no power overflows.
+def _powers(x: Tensor, *degrees: int) -> list[Tensor]:
+    """s = max(|x|, 1), then for each degree x^i / s^degree for i = 0 .. degree on a new first axis: no power overflows.
 
     They are products of powers of x / s and 1 / s, so of x where it is small and of 1 / x where it is large.
     """
     s = x.abs().clamp(min=1.0)
-    u, v = [torch.ones_like(x)], [torch.ones_like(x)]
-    for _ in range(degree):
-        u.append(u[-1] * (x / s))
-        v.append(v[-1] / s)
-    return torch.stack([u[i] * v[degree - i] for i in range(degree + 1)], dim=-1), s
+    u, v, by_x, by_s = [torch.ones_like(x)], [torch.ones_like(x)], x / s, 1 / s
+    for _ in range(max(degrees)):
+        u.append(u[-1] * by_x)
+        v.append(v[-1] * by_s)
+    return [s, *(torch.stack([u[i] * v[degree - i] for i in range(degree + 1)]) for degree in degrees)]
 
 
 class Wavelet(EdgeBasis):
