@@ -13,10 +13,11 @@ from .bases import Basis, LinearBasis, available_bases, make_basis, register_bas
 from .checkpoints import available_checkpoints, load_checkpoint, save_checkpoint
 from .data import load_dataset
 from .edge_bases import EdgeBasis
+from .evaluation import evaluate
 from .fourier import Fourier
+from .history import History
 from .operators import KArAtOperator
 from .recipes import RECIPES, Recipe
-from .training import History, evaluate
 from .vit import VisionTransformer, create_model, load_timm_weights, resize
 
 __version__ = "0.1.0"

@@ -4,6 +4,7 @@ The card travels inside the file (safetensors' header), so weights and card cann
 for people to read. Committed checkpoints stand in data/checkpoints/ and load by name.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -90,13 +91,32 @@ def available_checkpoints() -> list[str]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file in the folder of `path`, then rename it: `path` is never seen half-written."""
+    """Let `write` fill a temporary file in the folder of `path`, then rename it: `path` is never seen half-written.
+
+    Raises `OSError` that names the path where that fails (disk full, folder read-only); then `path` is as it was.
+    """
+    from safetensors import SafetensorError
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())  # the bytes before the name: after a power cut, too
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have errors of their own
+        kept = "what it held before is unharmed" if path.exists() else "nothing was left behind"
+        raise OSError(
+            f"could not write {path} ({_first_line(error)}); {kept}. "
+            "Free some space, or choose a folder that can be written."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _find(path_or_name: str | Path) -> Path:

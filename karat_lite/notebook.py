@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .checks import at_least, one_of
-from .training import pick_device
+from .processes import pick_device
 
 PROFILES = ("smoke", "reader", "full")  # seconds; minutes on a CPU; a GPU
 

@@ -33,7 +33,7 @@ from .canvas import (
     wall,
 )
 from .checks import at_least
-from .training import History
+from .history import History
 
 GHOST = 0.4  # how much of the grey image shows through the colours laid over it
 

@@ -1,192 +1,284 @@
-"""The training loop: one for every model, so that twins differ in nothing but their activation."""
+"""The training loop: one for every model, on a CPU, a GPU or several processes, so that twins differ in one thing only.
+
+accelerate carries it from machine to machine; what is random comes from augment.py and follows from seed, epoch and
+step; so a training that was interrupted goes on to the same weights.
+"""
 
 import dataclasses
-import json
 import math
+import os
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-from .checkpoints import save_checkpoint, write_whole
-from .checks import one_of
-from .data import Images
+from .augment import as_tested, batches, in_order, mix
+from .checkpoints import save_checkpoint
+from .checks import at_least, divides
+from .evaluation import evaluate_together
+from .history import History
+from .not_finite import first_not_finite
+from .optimiser import learning_rate, make_average, make_optimizer, set_learning_rate
+from .processes import Engine, peak_memory, pick_device
 from .recipes import Recipe
+from .resume import load_state, save_state
+from .trajectory import pack_snapshots, remove_snapshots, save_snapshot, snapshot_steps
 from .vit import VisionTransformer
 
-# Never decayed, beside all vectors. Scales of edges are factors near 1; a pull to 0 would silence their units.
-KEPT = ("cls_token", "pos_embed", "w_b", "w_s", "w_b2", "w_s2")
-
-
-@dataclass
-class History:
-    """What a training wrote down, one record an epoch: epoch, lr, train_loss, test_loss, test_accuracy, seconds."""
-
-    records: list[dict] = field(default_factory=list)
-
-    def column(self, name: str) -> list[float]:
-        """One quantity over all epochs."""
-        if self.records:
-            one_of("history column", name, self.records[0])
-        return [record[name] for record in self.records]
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, whole or not at all."""
-        text = json.dumps(self.records, indent=1)
-        write_whole(Path(path), lambda temporary: temporary.write_text(text + "\n"))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "History":
-        return cls(json.loads(Path(path).read_text()))
-
-
-def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """ "auto" takes a GPU if there is one. Raises `ValueError` for a device that this machine does not have."""
-    there = ["cpu"]
-    if torch.cuda.is_available():
-        there += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        there.append("mps")
-    if str(device) == "auto":
-        return torch.device(there[1] if len(there) > 1 else "cpu")
-    return torch.device(one_of("device (or not on this machine)", str(device), there))
+LOOK_GPU = 20  # steps between looks at the loss: a GPU has to be waited for, a CPU is looked at after every step
 
 
 def train(
     model: VisionTransformer,
-    train_data: Images,
-    test_data: Images,
+    train_data,
+    test_data,
     recipe: Recipe,
     *,
     seed: int = 0,
     device: str | torch.device = "auto",
     out: str | Path | None = None,
+    resume: bool = False,
     card: dict | None = None,
+    workers: int = 0,
+    snapshots: int = 0,
+    log_every: int = 0,
+    save_minutes: float = 10.0,
+    on_epoch: Callable[[History], object] | None = None,
     progress: bool = True,
 ) -> History:
-    """Train `model` in place with AdamW, warm-up and cosine decay; evaluate after every epoch.
+    """Train `model` in place with AdamW, warm-up and cosine decay; test after every epoch.
 
     Args:
-        seed: order of the batches. (Initial weights come from the seed set before the model was made.)
-        out: folder that receives model.safetensors, model.json and history.json after every epoch, each file whole.
-            An interruption (Ctrl-C, kernel interrupt) therefore leaves the last epoch's.
+        train_data, test_data: what `load_dataset` gives.
+        seed: order of the batches and augmentation. (Initial weights come from the seed set before the model was made.)
+        out: folder that receives, after every epoch and each file whole, model.safetensors with its card, average.* (if
+            the recipe averages weights), history.jsonl, and resume.pt, the state of the training.
+        resume: go on from out/resume.pt if it is there; on a CPU to the same bits as without the interruption.
         card: entries to add to the checkpoint's card.
+        workers: processes that read and augment pictures.
+        snapshots: this many half-precision copies of the weights, evenly spread from the first to the last step, end up
+            in out/trajectory.safetensors.
+        log_every: write down loss and gradient norm every so many steps.
+        save_minutes: write resume.pt this often within an epoch, too.
+        on_epoch: is called with the history after every epoch.
         progress: show a bar with images per second and time left.
 
-    Returns the `History`. Raises `ValueError` if classes or image sizes of data and model differ, `FloatingPointError`
-    if the loss is no longer finite (what stands in `out` is then the last good epoch).
-    """
-    device = pick_device(device)
-    _check_fit(model, train_data, test_data)
-    model.to(device)
-    loader = DataLoader(
-        train_data,
-        batch_size=min(recipe.batch_size, len(train_data)),
-        shuffle=True,
-        drop_last=True,  # every step sees a full batch, so that steps and learning rate mean the same throughout
-        generator=torch.Generator().manual_seed(seed),
-    )
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.lr)
-    steps = recipe.epochs * len(loader)
-    warmup = min(round(recipe.warmup_epochs * len(loader)), steps - 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate(step, steps, warmup, recipe) / recipe.lr
-    )
+    Under torchrun or accelerate launch every process calls this with the same arguments; each takes its share of every
+    batch, and the first one alone writes, shows and calls `on_epoch`.
 
-    history, bar = History(), _progress_bar(recipe.epochs * len(loader) * loader.batch_size, progress)
+    Returns the `History`. Raises `ValueError` if classes or sizes of data, model and recipe do not fit or resume.pt is
+    damaged or of another training, `OSError` if a file cannot be written, `FloatingPointError` if the loss is no longer
+    finite (what stands in `out` is then the last good epoch).
+    """
+    if (snapshots or resume) and out is None:
+        raise ValueError("snapshots and resume need out=FOLDER, where they are kept.")
+    if at_least("snapshots", snapshots, 0) == 1:
+        raise ValueError("a trajectory has at least 2 snapshots, the first and the last: take snapshots=2 or more.")
+    engine = Engine(pick_device(device), recipe.precision)
+    _check_fit(model, train_data, test_data, recipe, engine.part[1])
+    out = None if out is None else Path(out)
+    if out and engine.first:
+        _make_writable(out)
+    run = _Training(model, train_data, test_data, recipe, seed, engine, out, card or {})
+    run.workers, run.log_every, run.save_minutes = workers, log_every, save_minutes
+    run.snapshots = snapshot_steps(snapshots, run.steps)
+    if resume and (state := load_state(out, run.about())):
+        run.load(state)
+    elif snapshots and engine.first:
+        remove_snapshots(out)
+    bar = _progress_bar(run, progress and engine.first)
     try:
-        for epoch in range(1, recipe.epochs + 1):
-            started, total = time.perf_counter(), 0.0
-            model.train()
-            for images, labels in loader:
-                images, labels = images.to(device), labels.to(device)
-                loss = F.cross_entropy(model(images), labels, label_smoothing=recipe.label_smoothing)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-                optimizer.step()
-                schedule.step()
-                total += loss.detach()
-                bar.update(len(images))
-            train_loss = float(total) / len(loader)
-            test = evaluate(model, test_data, device)
-            if not math.isfinite(train_loss + test["loss"]):  # the last step of an epoch shows in the test loss only
-                kept = f"; {out} holds epoch {epoch - 1}" if out and epoch > 1 else ""
-                raise FloatingPointError(
-                    f"the loss is {train_loss} in training and {test['loss']} in the test of epoch {epoch}{kept}: "
-                    f"lower the learning rate ({recipe.lr})."
-                )
-            history.records.append(
-                {
-                    "epoch": epoch,
-                    "lr": schedule.get_last_lr()[0],
-                    "train_loss": train_loss,
-                    "test_loss": test["loss"],
-                    "test_accuracy": test["accuracy"],
-                    "seconds": time.perf_counter() - started,
-                }
-            )
+        while run.epoch < recipe.epochs:
+            run.train_epoch(bar)
+            run.test_epoch()
+            last = run.history.records[-1]
             bar.set_postfix_str(
-                f"epoch {epoch}/{recipe.epochs}, loss {train_loss:.3f}, test accuracy {test['accuracy']:.1%}"
+                f"epoch {run.epoch}/{recipe.epochs}, loss {last['train_loss']:.3f}, test accuracy "
+                f"{last['test_accuracy']:.1%}"
             )
-            if out is not None:
-                described = {
-                    "data": train_data.name,
-                    "img_size": train_data.img_size,
-                    "seed": seed,
-                    "metrics": history.records[-1],
-                }
-                described["recipe"] = dataclasses.asdict(recipe)
-                save_checkpoint(Path(out) / "model.safetensors", model, {**described, **(card or {})})
-                history.save(Path(out) / "history.json")
+            run.keep()
+            if on_epoch is not None and engine.first:
+                on_epoch(run.history)
     finally:
         bar.close()
+        engine.release()
+    if snapshots and engine.first:
+        pack_snapshots(out, run.snapshots, run.card())
     model.eval()
-    return history
+    return run.history
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, data: Images, device: str | torch.device = "auto", batch_size: int = 256
-) -> dict[str, float]:
-    """Mean cross-entropy ("loss") and share of right answers ("accuracy") of `model` on `data`.
+class _Training:
+    """A training at some point of its way: `epoch` whole epochs, and `done` steps of the next one."""
 
-    The model is moved to the device and left in evaluation mode.
-    """
-    device = pick_device(device)
-    model.to(device).eval()
-    loss = right = 0.0
-    for images, labels in DataLoader(data, batch_size=batch_size):
-        logits = model(images.to(device)).float().cpu()
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        right += (logits.argmax(dim=-1) == labels).sum().item()
-    return {"loss": loss / len(data), "accuracy": right / len(data)}
+    def __init__(self, model, train_data, test_data, recipe: Recipe, seed: int, engine, out: Path | None, card: dict):
+        self.model, self.recipe, self.seed, self.engine, self.out, self.more = model, recipe, seed, engine, out, card
+        self.train_data, self.test_data = train_data, as_tested(test_data, recipe, model.img_size)
+        self.per_epoch = len(train_data) // recipe.batch_size
+        self.steps = recipe.epochs * self.per_epoch
+        self.warmup = min(round(recipe.warmup_epochs * self.per_epoch), self.steps - 1)
+        model.to(engine.device)
+        self.average = make_average(model, recipe.ema) if recipe.ema else None
+        self.wrapped, self.optimizer = engine.prepare(model, make_optimizer(model, recipe))
+        self.history = History()
+        self.epoch, self.done, self.seconds = 0, 0, 0.0
+        self.sums = torch.zeros(3, device=engine.device)  # of losses, of gradient norms, how many norms
+
+    # ---- a way of one epoch
+
+    def train_epoch(self, bar) -> None:
+        """The steps of the running epoch that are still to do."""
+        self.model.train()
+        look = 1 if self.engine.device.type == "cpu" else LOOK_GPU
+        started = saved = time.perf_counter()
+        earlier = self.seconds
+        data = batches(
+            self.train_data, self.recipe, self.model.img_size, seed=self.seed, epoch=self.epoch,
+            device=self.engine.device, start=self.done, part=self.engine.part, workers=self.workers,
+        )  # fmt: skip
+        if self.epoch == self.done == 0:
+            self._snapshot(0)
+        for images, labels in data:
+            at = self.epoch * self.per_epoch + self.done  # finished steps
+            rate = learning_rate(at, self.steps, self.warmup, self.recipe)
+            loss, norm = self.step(images, labels, rate)
+            self.done += 1
+            if (at + 1) % look == 0 and not self.sums[0].isfinite():
+                self._stop(images, at + 1, look)
+            if self.log_every and (at + 1) % self.log_every == 0:
+                loss, norm = self.engine.mean(loss), norm.item()
+                self.history.steps.append({"step": at + 1, "lr": rate, "loss": loss, "grad_norm": norm})
+            self._snapshot(at + 1)
+            bar.update(len(images) * self.engine.part[1])
+            self.seconds = earlier + time.perf_counter() - started
+            if self.out and time.perf_counter() - saved > 60 * self.save_minutes and self.done < self.per_epoch:
+                self.save()
+                saved = time.perf_counter()
+        if not self.sums[0].isfinite():
+            self._stop(images, at + 1, look)
+        self.seconds = earlier + time.perf_counter() - started
+
+    def step(self, images: Tensor, labels: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+        """One step of AdamW; returns the loss and the norm of all gradients before they are clipped."""
+        recipe, smoothing = self.recipe, self.recipe.label_smoothing
+        if recipe.mixup or recipe.cutmix:
+            key = (self.seed, self.epoch, self.done, self.engine.part[0])
+            images, labels = mix(images, labels, recipe, len(self.train_data.classes), key)
+            smoothing = 0.0  # it is in the targets already
+        loss = F.cross_entropy(self.wrapped(images).float(), labels, label_smoothing=smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.backward(loss)
+        norm = self.engine.clip(self.model.parameters(), recipe.clip_norm)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        loss, there = loss.detach(), norm.isfinite()  # in half precision a norm may overflow: that step is left out
+        self.sums += torch.stack([loss, norm.where(there, 0.0), there.float()])
+        return loss, norm
+
+    def test_epoch(self) -> None:
+        """Close the epoch: test, and write the record down."""
+        started = time.perf_counter()
+        test = evaluate_together(self.model, self.test_data, self.engine, self.workers)
+        train_loss, norms, count = (self.engine.mean(value) for value in self.sums)
+        if not math.isfinite(test["loss"]):  # the last step of an epoch shows in the test alone
+            images, _ = next(in_order(self.test_data, 256, self.engine.device))
+            self._stop(images, (self.epoch + 1) * self.per_epoch, 1, test["loss"])
+        self.epoch, self.done = self.epoch + 1, 0
+        rate = learning_rate(self.epoch * self.per_epoch, self.steps, self.warmup, self.recipe)
+        record = {"epoch": self.epoch, "lr": rate, "train_loss": train_loss / self.per_epoch}
+        record |= {"grad_norm": norms / max(1.0, count), "test_loss": test["loss"]}
+        record |= {"test_accuracy": test["accuracy"], "test_top5": test["top5"]}
+        if self.average is not None:
+            averaged = evaluate_together(self.average.module, self.test_data, self.engine, self.workers)
+            record["average_accuracy"] = averaged["accuracy"]
+        images = self.per_epoch * self.recipe.batch_size
+        record["images_per_second"] = images / self.seconds
+        record["seconds"] = self.seconds + time.perf_counter() - started
+        record["peak_memory"] = peak_memory(self.engine.device)
+        self.history.records.append(record)
+        self.sums.zero_()
+        self.seconds = 0.0
+
+    # ---- what is kept
+
+    def about(self) -> dict:
+        """What a training must share with the one that it goes on from, flat."""
+        data = {"data": self.train_data.name, "training images": len(self.train_data), "seed": self.seed}
+        recipe = {f"recipe's {key}": value for key, value in dataclasses.asdict(self.recipe).items()}
+        model = {f"model's {key}": value for key, value in self.model.config.items()}
+        return {**data, **recipe, **model, "snapshots": sorted(self.snapshots)}
+
+    def card(self) -> dict:
+        """What a checkpoint's card says about its training."""
+        card = {"data": self.train_data.name, "img_size": self.model.img_size, "seed": self.seed}
+        card |= {"train_images": len(self.train_data), "metrics": self.history.records[-1]}
+        return {**card, "recipe": dataclasses.asdict(self.recipe), **self.more}
+
+    def save(self) -> None:
+        """resume.pt: everything from which this training goes on."""
+        self.engine.wait()
+        if self.engine.first:
+            state = {"about": self.about(), "epoch": self.epoch, "done": self.done, "seconds": self.seconds}
+            state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
+            state["average"] = None if self.average is None else self.average.state_dict()
+            state |= {"records": self.history.records, "steps": self.history.steps, **self.engine.state()}
+            save_state(self.out, state)
+
+    def keep(self) -> None:
+        """After an epoch: the state first, then what is made from it."""
+        if self.out is None:
+            return
+        self.save()
+        if self.engine.first:
+            self.publish()
+
+    def publish(self) -> None:
+        """The files that others read."""
+        save_checkpoint(self.out / "model.safetensors", self.model, self.card())
+        if self.average is not None:
+            averaged = {
+                **self.card(),
+                "average": "exponential moving average of the weights, decay " + str(self.recipe.ema),
+            }
+            save_checkpoint(self.out / "average.safetensors", self.average.module, averaged)
+        self.history.save(self.out / "history.jsonl")
+
+    def load(self, state: dict) -> None:
+        """Take up where `state` was saved."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.sums.copy_(state["sums"])
+        self.engine.load(state)
+        self.history = History(state["records"], state["steps"])
+        self.epoch, self.done, self.seconds = state["epoch"], state["done"], state["seconds"]
+        if self.epoch and self.engine.first:
+            self.publish()  # an interruption may have fallen between the state and these
+
+    def _snapshot(self, step: int) -> None:
+        if step in self.snapshots and self.engine.first:
+            save_snapshot(self.out, self.model, step)
+
+    def _stop(self, images: Tensor, step: int, look: int, test_loss: float | None = None) -> None:
+        """The loss is not finite: say where, and what is left."""
+        steps = f"step {step}" if look == 1 else f"steps {max(1, step - look + 1)} to {step}"
+        culprit = first_not_finite(self.model, images)
+        what = "training loss" if test_loss is None else f"test loss ({test_loss})"
+        kept = f" {self.out} holds epoch {self.epoch}." if self.out and self.epoch else ""
+        raise FloatingPointError(
+            f"the {what} is no longer finite at {steps}, in epoch {self.epoch + 1}; {culprit}.{kept} "
+            f"Lower the learning rate ({self.recipe.lr}) or clip_norm ({self.recipe.clip_norm})."
+        )
 
 
-def learning_rate(step: int, steps: int, warmup: int, recipe: Recipe) -> float:
-    """Linear from lr / warmup to lr over `warmup` steps, then a half cosine down to min_lr at `steps`."""
-    if step < warmup:
-        return recipe.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups for AdamW. What multiplies activations decays: matrices, KArAt's coefficients and W. Biases, norms,
-    class token, positions and edge scales do not."""
-    decay, keep = [], []
-    for name, parameter in model.named_parameters():
-        plain = parameter.ndim <= 1 or name.rpartition(".")[2] in KEPT
-        (keep if plain else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
-
-
-def _check_fit(model: VisionTransformer, train_data: Images, test_data: Images) -> None:
+def _check_fit(model: VisionTransformer, train_data, test_data, recipe: Recipe, processes: int) -> None:
     classes = model.head.out_features
     for data in (train_data, test_data):
         if len(data) == 0:
@@ -196,18 +288,39 @@ def _check_fit(model: VisionTransformer, train_data: Images, test_data: Images) 
                 f"{data.name} has {len(data.classes)} classes and the model {classes}: build it with "
                 f"num_classes={len(data.classes)}."
             )
-        if data.img_size != model.img_size:
+        if data.img_size != model.img_size and not recipe.single_pictures:
             raise ValueError(
                 f"the {data.split} images of {data.name} have {data.img_size} pixels a side and the model takes "
                 f"{model.img_size}: load them with img_size={model.img_size}."
             )
+    if recipe.batch_size > len(train_data):
+        raise ValueError(
+            f"a batch of {recipe.batch_size} is larger than the {len(train_data)} training images of "
+            f"{train_data.name}: take batch_size <= {len(train_data)}."
+        )
+    divides("the number of processes", processes, "batch_size", recipe.batch_size)
 
 
-def _progress_bar(total: int, progress: bool):
+def _make_writable(out: Path) -> None:
+    """Better to learn now that it cannot be written than after an epoch."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        allowed = os.access(out, os.W_OK)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {out} ({error}): give another one.") from error
+    if not allowed:
+        raise OSError(f"the folder {out} is read-only: give another one, or make it writable.")
+    for leftover in out.glob(".*.part"):  # of a writer that was killed
+        leftover.unlink(missing_ok=True)
+
+
+def _progress_bar(run: _Training, progress: bool):
     """A text bar on stdout: one line in a terminal and in a notebook, and it survives in saved outputs."""
     from tqdm import tqdm
 
     # Half a second between redraws keeps a saved notebook small.
+    before = (run.epoch * run.per_epoch + run.done) * run.recipe.batch_size
     return tqdm(
-        total=total, unit="img", unit_scale=True, mininterval=0.5, file=sys.stdout, disable=not progress, ncols=110
-    )
+        total=run.steps * run.recipe.batch_size, initial=before, unit="img", unit_scale=True, mininterval=0.5,
+        file=sys.stdout, disable=not progress, ncols=110,
+    )  # fmt: skip

@@ -31,7 +31,7 @@ if missing("karat_lite"):
             raise Stop(f"could not clone {REPOSITORY} (set KARAT_LITE_REPO?): {' '.join(git.stderr.split())}")
         home = clone
     sys.path.insert(0, str(home))
-    if light := missing("einops", "safetensors", "tqdm"):  # torch and ipywidgets stay as they are
+    if light := missing("accelerate", "einops", "safetensors", "tqdm"):  # torch and ipywidgets stay as they are
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", *light], check=True)
     importlib.invalidate_caches()
 

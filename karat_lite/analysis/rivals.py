@@ -20,7 +20,8 @@ from torch import Tensor
 from ..attention import SoftmaxActivation
 from ..bases import LinearBasis, make_basis, wide
 from ..functional import BACKENDS, attention_scores, karat_attention
-from ..training import parameter_groups
+from ..optimiser import make_optimizer
+from ..recipes import Recipe
 from ..vit import create_model
 
 
@@ -137,7 +138,7 @@ class Model(Rival):
                 block.compile(backend=compiler)
         super().__init__(case._replace(G=None, r=None) if softmax else case)
         self.model, self.given = model, tuple(model.parameters())
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-5)
+        self.optimizer = make_optimizer(model, Recipe(lr=1e-5))
         random = torch.Generator().manual_seed(0)
         self.images = torch.randn(case.B, 3, img_size, img_size, generator=random).to(device)
         self.labels = torch.randint(1000, (case.B,), generator=random).to(device)

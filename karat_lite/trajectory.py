@@ -1,0 +1,68 @@
+"""The path of a training through its weights: snapshots in half precision, evenly spread over all steps.
+
+What needs the path (weight histories, loss landscapes) reads one file in which each tensor carries a leading axis T.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import write_whole
+
+FILE = "trajectory.safetensors"
+
+
+def snapshot_steps(count: int, steps: int) -> set[int]:
+    """`count` numbers of finished steps, from 0 to `steps`, evenly spread."""
+    return {round(i * steps / (count - 1)) for i in range(count)} if count else set()
+
+
+def save_snapshot(folder: Path, model: nn.Module, step: int) -> None:
+    """folder/snapshots/<step>.safetensors: the weights after `step` steps in half precision, shared tensors once."""
+    from safetensors.torch import save_file
+
+    weights = {name: value.detach().half().cpu().contiguous() for name, value in model.named_parameters()}
+    path = folder / "snapshots" / f"{step:08d}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda temporary: save_file(weights, temporary))
+
+
+def pack_snapshots(folder: Path, steps: set[int], card: dict) -> None:
+    """Put the snapshots after `steps`, if all are there, in folder/trajectory.safetensors; then remove them."""
+    from safetensors.torch import load_file, save_file
+
+    files = sorted((folder / "snapshots").glob("*.safetensors"))
+    if [int(file.stem) for file in files] == sorted(steps):
+        each = [load_file(file) for file in files]
+        stacked = {name: torch.stack([weights[name] for weights in each]) for name in each[0]}
+        about = json.dumps({**card, "steps": sorted(steps)}, indent=1)
+        write_whole(folder / FILE, lambda temporary: save_file(stacked, temporary, metadata={"karat_lite": about}))
+    remove_snapshots(folder)
+
+
+def remove_snapshots(folder: Path) -> None:
+    """Those of an earlier training, or that are packed."""
+    shutil.rmtree(folder / "snapshots", ignore_errors=True)
+
+
+def load_trajectory(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Name -> (T, ...) in float32, and the card, whose "steps" holds the T numbers of finished steps.
+
+    Raises `FileNotFoundError`, or `ValueError` for a file that is no trajectory.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no trajectory at {path}: train with snapshots=20 and out=FOLDER to write one.")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            card = json.loads((opened.metadata() or {}).get("karat_lite", "{}"))
+            weights = {name: opened.get_tensor(name).float() for name in opened.keys()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or is no safetensors file ({error}): train or fetch it again.") from error
+    if "steps" not in card:
+        raise ValueError(f"{path} is no trajectory: its card names no steps. load_checkpoint reads single checkpoints.")
+    return weights, card
