@@ -8,13 +8,15 @@ INSTALLED := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 SOURCES := $(NOTEBOOKS) $(wildcard notebooks/*.py data/checkpoints/* data/results/*) $(shell find karat_lite -name '*.py')
 
-.PHONY: help tutorial lab test bench bench-gpu notebooks address check clean
+.PHONY: help tutorial lab test train check-cifar bench bench-gpu notebooks address check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make tutorial    install, run every notebook (smoke profile), write pages to build/index.html"
 	@echo "make lab         install, open JupyterLab in notebooks/ (ARGS='--no-browser --port 8899')"
 	@echo "make test        install, run every test (ARGS='-k fourier')"
+	@echo "make train       install, train twins (ARGS='--data digits --out runs --resume'; ARGS=--help lists all options)"
+	@echo "make check-cifar DATA=...  test the committed CIFAR-10 checkpoints on an image folder of its test pictures"
 	@echo "make bench       measure time and memory beside softmax on the CPU (5 minutes; pause whatever else runs)"
 	@echo "make bench-gpu   the same on one GPU (8 minutes); both write data/results/bench_*.json and a figure"
 	@echo "make notebooks   run the notebooks in the reader profile and write their outputs into them (minutes)"
@@ -46,6 +48,12 @@ lab: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PY) -m pytest $(ARGS)
+
+train: $(INSTALLED)
+	@$(PY) -m karat_lite.train $(or $(ARGS),--data digits --out runs --resume)
+
+check-cifar: $(INSTALLED)
+	@$(PY) -m karat_lite.check --data $(or $(DATA),cifar10)
 
 bench: $(INSTALLED)
 	@$(PY) -m karat_lite.bench $(ARGS)

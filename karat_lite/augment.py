@@ -113,7 +113,7 @@ def timm_transform(recipe: Recipe, img_size: int, training: bool):
 
 
 def _posterize(picture, bits: int, **_):
-    """Keep `bits` bits of each colour. At full strength timm asks for none, which Pillow made black until it refused."""
+    """Keep `bits` bits of each colour. At full strength timm asks for none: black, until Pillow refused it."""
     from PIL import Image, ImageOps
 
     return ImageOps.posterize(picture, bits) if bits else Image.new(picture.mode, picture.size)

@@ -41,6 +41,21 @@ def setup(profile: str = "reader", seed: int = 0, device: str = "auto") -> Setup
     return chosen
 
 
+def live(draw: Callable) -> Callable:
+    """A callback for `train(on_epoch=...)`: shows the figure draw(history), replaced by a new one after every epoch."""
+    from IPython.display import display
+
+    shown: list = []
+
+    def show(history) -> None:
+        if shown:
+            shown[0].update(draw(history))
+        else:
+            shown.append(display(draw(history), display_id=True))
+
+    return show
+
+
 def check(stub: Callable, test: Callable, hint: str | None = None) -> None:
     """Try an exercise: `test(stub)` asserts what the answer must do. Prints one verdict and raises nothing."""
     name = getattr(stub, "__name__", "this exercise")

@@ -10,7 +10,7 @@ from .functional import apply_operator, mix_values, project_simplex
 from .recompute import recompute
 from .token_grid import resize_tokens
 
-INITS = ("variance", "paper")
+INITS = ("variance", "paper", "softmax")
 ORDERS = ("w_phi", "phi_w", "phi_phi")
 
 
@@ -39,6 +39,8 @@ class KArAtOperator(nn.Module):
                     unit the variance G Var(c) at any score; Y sums N units, A sums r of them, O sums N values. So
                     Var(c) = 1/(N G) makes Var(Y) = 1, and Var(W) = 1/(r N) makes Var(O) = Var(V). Full rank: Var(c) =
                     1/(N^2 G). Phi W: Var(W) = 1/N keeps the scores' size, Var(c) = 1/(r N G). Phi Phi: as its parts.
+        "softmax"   as "variance", with the output's variance divided by N: what softmax starts with, whose first maps
+                    average N values with nearly equal weights.
 
     `backend` (an attribute, "auto") is that of `functional.karat_attention`; set it at any time. It governs w_phi, full
     rank and phi_w; phi_phi and `simplex` are computed one way.
@@ -98,17 +100,28 @@ class KArAtOperator(nn.Module):
         n, r = self.num_tokens, self.rank
         # How many edges stand between one score and one output: that sum, and the one over N values, set the variance.
         edges = n * n if r is None else n * r if self.order == "phi_w" else n
-        self.basis.draw(self.coef, self.init, edges)
+        scheme = "paper" if self.init == "paper" else "variance"
+        self.basis.draw(self.coef, scheme, edges)
         if self.order == "phi_phi":
-            self.basis.draw(self.coef2, self.init, n * r)
+            self.basis.draw(self.coef2, scheme, n * r)
         if self.weight is not None and self.init == "paper":
             bound = self.weight.shape[-1] ** -0.5
             self.weight.uniform_(-bound, bound)
         elif self.weight is not None:
             self.weight.normal_(std=(n if self.order == "phi_w" else r * n) ** -0.5)
+        if self.init == "softmax":
+            self._shrink_output(n**-0.5)
         for name, scale in self.named_parameters():
             if name.startswith(("w_b", "w_s")):
                 scale.fill_(1.0)
+
+    def _shrink_output(self, factor: float) -> None:
+        """Multiply the last stage's parameters, in which the output is linear."""
+        if self.weight is not None and self.order == "w_phi":
+            self.weight.mul_(factor)
+            return
+        coef = self.coef2 if self.order == "phi_phi" else self.coef
+        coef.copy_(self.basis.scaled(coef, coef.new_full(coef.shape[:-1], factor)))
 
     def units(self, stage: str = "") -> tuple[Basis, Tensor]:
         """The functions of Phi ("") or Phi2 ("2") with base activation and scales merged in: a basis, and its coef.

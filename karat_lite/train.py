@@ -20,12 +20,15 @@ from pathlib import Path
 import torch
 
 from .analysis.cost import machine
+from .analysis.signal import signal_sizes
+from .augment import as_tested, in_order
 from .bases import BASE_ACTIVATIONS, available_bases
 from .checkpoints import write_whole
 from .data import load_dataset
 from .evaluation import evaluate
 from .history import History
 from .operators import INITS, ORDERS
+from .processes import pick_device
 from .recipes import PRECISIONS, RECIPES, Recipe, make_recipe
 from .training import train
 from .vit import ATTENTIONS, MODES, SIZES, create_model, resize
@@ -69,6 +72,10 @@ def main(argv: list[str] | None = None) -> None:
     there = {(run["attention"], run["seed"]) for run in results["runs"]}
     options = dict(device=args.device, workers=args.workers, snapshots=args.snapshots, log_every=args.log_every)
     options |= dict(save_minutes=args.save_minutes, card={"command": command})
+    if args.signal:
+        if not args.log_every:
+            raise ValueError("--signal measures at logged steps: add --log-every STEPS.")
+        options["measure"] = _measure_signal(as_tested(test_data, recipe, size), args.device)
     for seed in args.seeds:
         for variant in variants:
             name = f"{train_data.name}_{variant.replace(' ', '_')}_seed{seed}"
@@ -92,6 +99,14 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{name:8s} test accuracy {line['mean']:.2%} +- {line['std']:.2%} over {line['seeds']} seed(s)")
     if args.results is not None:
         say(f"written: {args.results}")
+
+
+def _measure_signal(data, device: str):
+    """A function of the model: the sizes of its signals on the first test images, to four digits."""
+    images, _ = next(in_order(data, 64, pick_device(device)))
+    return lambda model: {
+        name: [float(f"{value:.4g}") for value in values] for name, values in signal_sizes(model, images).items()
+    }
 
 
 def _line(variant: str, seed: int, model, history: History) -> dict:
@@ -203,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=0, help="processes that read and augment pictures")
     add("--snapshots", type=int, default=0, help="copies of the weights over the training, in OUT/RUN/trajectory")
     add("--log-every", type=int, default=0, help="steps between lines of loss and gradient norm in the history")
+    add("--signal", action="store_true", help="measure at these steps how large signals are in every block, too")
     add("--save-minutes", type=float, default=10.0, help="between saves of the state within an epoch")
     add("--out", type=Path, help="folder for checkpoints and histories, one sub-folder a run")
     add("--results", type=Path, help="JSON file for the table of runs")

@@ -46,6 +46,7 @@ def train(
     workers: int = 0,
     snapshots: int = 0,
     log_every: int = 0,
+    measure: Callable[[VisionTransformer], dict] | None = None,
     save_minutes: float = 10.0,
     on_epoch: Callable[[History], object] | None = None,
     progress: bool = True,
@@ -62,7 +63,8 @@ def train(
         workers: processes that read and augment pictures.
         snapshots: this many half-precision copies of the weights, evenly spread from the first to the last step, end up
             in out/trajectory.safetensors.
-        log_every: write down loss and gradient norm every so many steps.
+        log_every: write down loss and gradient norm of the first step and of every so many.
+        measure: is called with the model, in evaluation mode, at each of these steps; what it returns joins the record.
         save_minutes: write resume.pt this often within an epoch, too.
         on_epoch: is called with the history after every epoch.
         progress: show a bar with images per second and time left.
@@ -84,7 +86,7 @@ def train(
     if out and engine.first:
         _make_writable(out)
     run = _Training(model, train_data, test_data, recipe, seed, engine, out, card or {})
-    run.workers, run.log_every, run.save_minutes = workers, log_every, save_minutes
+    run.workers, run.log_every, run.measure, run.save_minutes = workers, log_every, measure, save_minutes
     run.snapshots = snapshot_steps(snapshots, run.steps)
     if resume and (state := load_state(out, run.about())):
         run.load(state)
@@ -149,9 +151,8 @@ class _Training:
             self.done += 1
             if (at + 1) % look == 0 and not self.sums[0].isfinite():
                 self._stop(images, at + 1, look)
-            if self.log_every and (at + 1) % self.log_every == 0:
-                loss, norm = self.engine.mean(loss), norm.item()
-                self.history.steps.append({"step": at + 1, "lr": rate, "loss": loss, "grad_norm": norm})
+            if self.log_every and (at == 0 or (at + 1) % self.log_every == 0):
+                self._log(at + 1, rate, loss, norm)
             self._snapshot(at + 1)
             bar.update(len(images) * self.engine.part[1])
             self.seconds = earlier + time.perf_counter() - started
@@ -261,6 +262,13 @@ class _Training:
         self.epoch, self.done, self.seconds = state["epoch"], state["done"], state["seconds"]
         if self.epoch and self.engine.first:
             self.publish()  # an interruption may have fallen between the state and these
+
+    def _log(self, step: int, rate: float, loss: Tensor, norm: Tensor) -> None:
+        record = {"step": step, "lr": rate, "loss": self.engine.mean(loss), "grad_norm": norm.item()}
+        if self.measure is not None:
+            record |= self.measure(self.model.eval())
+            self.model.train()
+        self.history.steps.append(record)
 
     def _snapshot(self, step: int) -> None:
         if step in self.snapshots and self.engine.first:

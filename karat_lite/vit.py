@@ -100,9 +100,7 @@ class VisionTransformer(nn.Module):
         channel count, or images that are not finite.
         """
         self._check_images(x)
-        tokens = self.patch_embed(x)  # (B, n, dim)
-        cls = repeat(self.cls_token, "1 1 dim -> B 1 dim", B=x.shape[0])
-        tokens = torch.cat([cls, tokens], dim=1) + self.pos_embed  # (B, N, dim), N = 1 + n
+        tokens = self.embed(x)
         records = []
         for block in self.blocks:
             tokens = block(tokens, return_attention)
@@ -111,6 +109,12 @@ class VisionTransformer(nn.Module):
                 records.append(record)
         logits = self.head(self.norm(tokens)[:, 0])
         return (logits, records) if return_attention else logits
+
+    def embed(self, x: Tensor) -> Tensor:
+        """What the first block reads: x (B, in_chans, H, W) -> tokens (B, N, dim), N = 1 + n, positions added."""
+        tokens = self.patch_embed(x)  # (B, n, dim)
+        cls = repeat(self.cls_token, "1 1 dim -> B 1 dim", B=x.shape[0])
+        return torch.cat([cls, tokens], dim=1) + self.pos_embed
 
     def operators(self) -> list[KArAtOperator]:
         """The KArAt operators, block by block (universal mode: the same object every time); empty for softmax."""

@@ -205,3 +205,20 @@ def test_a_committed_checkpoint_has_the_accuracy_on_its_card(name):
     assert metrics["epoch"] == card["recipe"]["epochs"], "the training was not finished"
     beside = (checkpoints.CHECKPOINTS / f"{name}.json").read_text()
     assert json.loads(beside) == card and card["seed"] >= 0 and card["command"].startswith("python -m karat_lite.train")
+
+
+# ---- the command that tests checkpoints anew ------------------------------------------------------------------------
+
+
+def test_the_check_of_committed_checkpoints(tmp_path, capsys):
+    from karat_lite import check
+
+    check.main(["--data", "digits", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert "digits_karat " in said and "digits_softmax " in said and "shapes" not in said and "DIFFERENT" not in said
+    model, card = kl.load_checkpoint("digits_karat")
+    card["metrics"]["test_accuracy"] -= 0.01
+    path = str(kl.save_checkpoint(tmp_path / "boasting.safetensors", model, card))
+    with pytest.raises(SystemExit, match="1 of 1 checkpoints differ from their cards"):
+        check.main(["--data", "digits", "--device", "cpu", path])
+    assert "DIFFERENT" in capsys.readouterr().out

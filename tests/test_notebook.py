@@ -96,3 +96,28 @@ def test_check_gives_one_verdict_and_never_raises(capsys):
 
     kl.notebook.check(square, bare)
     assert capsys.readouterr().out == "✗ not right yet: raise AssertionError\n"
+
+
+LIVE = """
+import karat_lite as kl
+from karat_lite.history import History
+setup = kl.notebook.setup("smoke", 0, "cpu")
+show = kl.notebook.live(lambda history: kl.plots.matrices({"S": [[float(len(history.records)), 1.0], [2.0, 3.0]]}))
+for count in (1, 2, 3):
+    show(History([{}] * count))
+"""
+
+
+def test_live_figures_replace_one_another():
+    """In a real kernel: three epochs leave one picture, the last."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    def pictures(source):
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        NotebookClient(nb, kernel_name="python3", timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+        return [out.data["image/png"] for out in nb.cells[0].outputs if "image/png" in out.get("data", {})]
+
+    last = LIVE.replace("(1, 2, 3)", "(3,)")
+    shown, expected, first = pictures(LIVE), pictures(last), pictures(last.replace("(3,)", "(1,)"))
+    assert len(shown) == 1 and shown == expected != first

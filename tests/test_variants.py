@@ -132,15 +132,16 @@ def test_gradcheck(basis, order, rank):
 
 @pytest.mark.parametrize("order, rank", KINDS)
 @pytest.mark.parametrize("basis", ["fourier", "chebyshev", "dog"])
-def test_variance_start_keeps_the_size_of_the_values(order, rank, basis):
-    """Output over values at the start, over many heads; scores of size 1."""
+@pytest.mark.parametrize("init, expected", [("variance", 1), ("softmax", 1 / 17)])
+def test_a_start_gives_the_output_its_size(order, rank, basis, init, expected):
+    """Variance of the output over that of 17 values at the start, over many heads; scores of size 1."""
     torch.manual_seed(0)
     heads, n, d = 1500, 17, 8
-    op = kl.KArAtOperator(heads, n, basis, 3, rank and 4, order=order)
+    op = kl.KArAtOperator(heads, n, basis, 3, rank and 4, init=init, order=order)
     q, k, v = torch.randn(3, 1, heads, n, d)
     with torch.no_grad():
         ratio = (op.attend(q, k, v).square().mean() / v.square().mean()).item()
-    assert ratio == pytest.approx(1, rel=0.25)
+    assert ratio == pytest.approx(expected, rel=0.25)
 
 
 # ---- the simplex ----------------------------------------------------------------------------------------------------

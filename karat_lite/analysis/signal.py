@@ -1,0 +1,40 @@
+"""How large signals are inside a model: what the initialisation argument predicts, measured (04_fourier_karat)."""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..vit import VisionTransformer
+
+
+@torch.no_grad()
+def signal_sizes(model: VisionTransformer, images: Tensor) -> dict[str, list[float]]:
+    """Root mean squares over all images, tokens and channels, block by block.
+
+        attention   attention's output over the values that it mixes, before its last linear map; L numbers
+        stream      the residual stream: the embedding, then after each block; 1 + L numbers
+        apart       share of the stream's power that tells tokens of one image apart (the rest is the tokens' mean);
+                    1 + L numbers
+
+    images (B, 3, H, W) on the model's device.
+    """
+    tokens = model.embed(images)
+    found: dict[str, list[float]] = {"attention": [], "stream": [], "apart": []}
+
+    def look(tokens: Tensor) -> None:
+        found["stream"].append(_rms(tokens))
+        found["apart"].append((_rms(tokens - tokens.mean(dim=1, keepdim=True)) / _rms(tokens)) ** 2)
+
+    look(tokens)
+    for block in model.blocks:
+        q, k, v = rearrange(
+            block.attn.qkv(block.norm1(tokens)), "B N (three h d) -> three B h N d", three=3, h=block.attn.num_heads
+        )
+        found["attention"].append(_rms(block.attn.activation.attend(q, k, v)) / _rms(v))
+        tokens = block(tokens)
+        look(tokens)
+    return found
+
+
+def _rms(x: Tensor) -> float:
+    return x.float().square().mean().sqrt().item()

@@ -1,0 +1,45 @@
+"""Command line: does a checkpoint still do what its card says?
+
+python -m karat_lite.check --data data/cifar10 cifar10_softmax cifar10_g3b
+python -m karat_lite.check --data digits
+"""
+
+import argparse
+
+from .checkpoints import available_checkpoints, load_checkpoint
+from .data import load_dataset
+from .evaluation import evaluate
+
+TOLERANCE = 0.001  # of accuracy: other processors round otherwise, and an image on the border may change sides
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Test checkpoints anew and compare with their cards; the exit status is 1 where one differs.
+
+    Without names: all committed ones whose card names this dataset, or a part of it (cifar10_10k is one of cifar10).
+    """
+    parser = argparse.ArgumentParser(prog="python -m karat_lite.check", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="a dataset by name, or the path of an image folder")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("checkpoints", nargs="*", help="names or paths")
+    args = parser.parse_args(argv)
+    test_data = None
+    checked, wrong = 0, 0
+    for name in args.checkpoints or available_checkpoints():
+        model, card = load_checkpoint(name)
+        if test_data is None or test_data.img_size != model.img_size:
+            test_data = load_dataset(args.data, "test", img_size=model.img_size)
+        if not args.checkpoints and card["data"].split("_")[0] != test_data.name.split("_")[0]:
+            continue
+        accuracy, expected = evaluate(model, test_data, args.device)["accuracy"], card["metrics"]["test_accuracy"]
+        off = abs(accuracy - expected) > TOLERANCE
+        checked, wrong = checked + 1, wrong + off
+        print(f"{name:24s} {accuracy:.2%} on {len(test_data):,} images, card {expected:.2%}{'  DIFFERENT' * off}")
+    if checked == 0:
+        raise SystemExit(f"no committed checkpoint was trained on {args.data}: there are {available_checkpoints()}.")
+    if wrong:
+        raise SystemExit(f"{wrong} of {checked} checkpoints differ from their cards.")
+
+
+if __name__ == "__main__":
+    main()
