@@ -74,12 +74,6 @@ class Images(Dataset):
     def __init__(self, name: str, split: str, images: Tensor, labels: Tensor, classes, masks: Tensor | None = None):
         self.name, self.split, self.classes = name, split, tuple(classes)
         self.images, self.labels, self.masks = images, labels, masks
-        self.mirrors = name != "digits"
-
-    def picture(self, i: int):
-        from torchvision.transforms.functional import to_pil_image
-
-        return to_pil_image(self.images[i])
 
     @property
     def img_size(self) -> int:

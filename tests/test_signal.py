@@ -34,7 +34,7 @@ def test_sizes_against_what_hooks_see(attention, options):
 
 
 def test_the_three_starts_in_a_model():
-    """65 tokens, G = 3: N sqrt(G/3) = 65 times the values with the paper's numbers, once with variance, 1/8 after that."""
+    """65 tokens, G = 3: the paper gives N sqrt(G/3) = 65 times the values, variance 1, softmax 1/8."""
     images, typical = kl.load_dataset("shapes", "test", limit=8)[:][0], {}
     for init in ("paper", "variance", "softmax"):
         torch.manual_seed(0)
