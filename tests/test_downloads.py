@@ -1,0 +1,353 @@
+"""Downloads from servers that break off, cheat or sleep: whole or not at all, and said. Archives likewise."""
+
+import hashlib
+import io
+import socket
+import tarfile
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import tqdm
+from mirrors import nobody, refuses, sends, serving
+
+from karat_lite import downloads
+from karat_lite.downloads import DownloadError, fetch, unpack
+
+FILE = np.random.default_rng(0).bytes(200_000)
+MD5 = hashlib.md5(FILE).hexdigest()
+OTHER = bytes(reversed(FILE))
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(downloads, "PAUSE", 0.0)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "data" / "file.bin"
+
+
+def got(path, *urls, **options):
+    """Fetch from these addresses, and see that the file is there, whole, and alone in its folder."""
+    assert fetch(urls, path, md5=MD5, **options) == path
+    assert path.read_bytes() == FILE
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def failed(path, *urls, **options) -> str:
+    """Fetch in vain; what the error says."""
+    with pytest.raises(DownloadError) as error:
+        fetch(urls, path, md5=MD5, **options)
+    assert not path.exists()
+    return str(error.value)
+
+
+def part_of(path, content: bytes):
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_name("file.bin.part")
+    part.write_bytes(content)
+    return part
+
+
+# ---- what goes well -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_fetched_whole(path):
+    with serving(FILE) as mirror:
+        got(path, mirror.url)
+    assert mirror.asked == [None]
+
+
+def test_a_bar_shows_what_has_arrived(path, capsys, monkeypatch):
+    class Bar(tqdm.tqdm):
+        def close(self):
+            if not self.disable:  # neither silenced nor closed before
+                bars.append((self.initial, self.n, self.total))
+            super().close()
+
+    bars = []
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    with serving(FILE, sends(70_000), sends()) as mirror:
+        got(path, mirror.url)
+        assert bars == [(0, 70_000, 200_000), (70_000, 200_000, 200_000)]
+        assert "file.bin from 127.0.0.1" in capsys.readouterr().err
+        path.unlink()
+        got(path, mirror.url, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_redirection_is_followed_and_takes_the_range_along(path):
+    part_of(path, FILE[:1000])
+    with serving(FILE) as mirror, serving(b"", refuses(302, to=mirror.url)) as door:
+        got(path, door.url)
+    assert mirror.asked == ["bytes=1000-"]
+
+
+def test_a_whole_file_is_left_alone(path):
+    path.parent.mkdir()
+    path.write_bytes(FILE)
+    with serving(FILE) as mirror, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got(path, mirror.url)
+    assert mirror.asked == []
+
+
+def test_a_damaged_file_is_said_and_fetched_again(path):
+    path.parent.mkdir()
+    path.write_bytes(FILE[:-1])
+    with serving(FILE) as mirror, pytest.warns(UserWarning, match=f"file.bin is damaged .*{MD5}.*again"):
+        got(path, mirror.url)
+    assert mirror.asked == [None]
+
+
+# ---- going on where it broke off ------------------------------------------------------------------------------------
+
+
+def test_a_dropped_connection_is_continued(path):
+    with serving(FILE, sends(70_000), sends()) as mirror:
+        got(path, mirror.url)
+    assert mirror.asked == [None, "bytes=70000-"]
+
+
+def test_as_long_as_bytes_come_no_mirror_is_given_up(path):
+    with serving(FILE, sends(20_000)) as mirror:
+        got(path, mirror.url)
+    assert mirror.asked == [None, *(f"bytes={start}-" for start in range(20_000, 200_000, 20_000))]
+
+
+def test_an_earlier_call_is_continued_from_another_mirror(path):
+    with serving(FILE, sends(50_000), refuses(404)) as first:
+        failed(path, first.url)
+    assert path.with_name("file.bin.part").read_bytes() == FILE[:50_000]
+    with serving(FILE) as second:
+        got(path, second.url)
+    assert second.asked == ["bytes=50000-"]
+
+
+def test_an_interruption_keeps_what_has_arrived(path, monkeypatch):
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(downloads.time, "sleep", interrupted)
+    with serving(FILE, sends(50_000), sends()) as mirror:
+        with pytest.raises(KeyboardInterrupt):
+            fetch([mirror.url], path, md5=MD5)
+        got(path, mirror.url)
+    assert mirror.asked == [None, "bytes=50000-"]
+
+
+def test_a_server_without_ranges_begins_anew(path):
+    with serving(FILE, sends(70_000), sends(ranges=False)) as mirror:
+        got(path, mirror.url)
+    assert mirror.asked == [None, "bytes=70000-"]
+
+
+def test_a_part_longer_than_the_file_is_dropped(path):
+    part_of(path, FILE + b"more")
+    with serving(FILE) as mirror:
+        got(path, mirror.url)
+    assert mirror.asked == ["bytes=200004-", None]
+
+
+def test_a_whole_part_needs_no_request(path):
+    part_of(path, FILE)
+    with serving(FILE) as mirror:
+        got(path, mirror.url)
+    assert mirror.asked == []
+
+
+def test_a_part_of_other_bytes_is_not_held_against_the_mirror(path):
+    part_of(path, OTHER[:1000])
+    with serving(FILE) as mirror:
+        got(path, mirror.url)
+    assert mirror.asked == ["bytes=1000-", None]
+
+
+def test_a_silent_connection_is_continued(path):
+    with serving(FILE, sends(70_000, stall=True), sends()) as mirror:
+        got(path, mirror.url, timeout=0.2)
+    assert mirror.asked == [None, "bytes=70000-"]
+
+
+# ---- servers that will not do ---------------------------------------------------------------------------------------
+
+
+def test_one_that_always_truncates_is_given_up(path):
+    with serving(FILE, sends(70_000, ranges=False)) as bad, serving(FILE) as good:
+        said = failed(path, bad.url)
+        assert f"{bad.url}: the connection closed after 70,000 of 200,000 bytes" in said
+        assert len(bad.asked) == 1 + downloads.TRIES
+        got(path, bad.url, good.url)
+    assert len(bad.asked) == 1 + 2 * downloads.TRIES  # this time nothing was new from the start
+    assert good.asked == ["bytes=70000-"]
+
+
+def test_wrong_bytes_are_refused(path):
+    with serving(OTHER) as bad, serving(FILE) as good:
+        said = failed(path, bad.url)
+        assert f"{bad.url}: these are other bytes" in said and hashlib.md5(OTHER).hexdigest() in said
+        assert list(path.parent.iterdir()) == []  # nothing of them stays
+        got(path, bad.url, good.url)
+    assert bad.asked == [None, None] and good.asked == [None]
+
+
+def test_a_missing_file_is_not_asked_for_twice(path):
+    with serving(FILE, refuses(404)) as bad, serving(FILE) as good:
+        got(path, bad.url, good.url)
+        assert "HTTP 404 Not Found" in failed(path.with_name("other"), bad.url)
+    assert len(bad.asked) == 2 and good.asked == [None]
+
+
+@pytest.mark.parametrize("code", [429, 503])
+def test_a_busy_server_is_asked_again(path, code):
+    with serving(FILE, refuses(code), sends()) as mirror:
+        got(path, mirror.url)
+    assert mirror.asked == [None, None]
+
+
+def test_one_that_is_always_silent_is_given_up(path):
+    with serving(FILE, sends(0, stall=True)) as mirror:
+        assert f"{mirror.url}: silent for 0.1 s" in failed(path, mirror.url, timeout=0.1)
+    assert len(mirror.asked) == downloads.TRIES
+    assert list(path.parent.iterdir()) == []
+
+
+def test_pauses_grow_between_tries(path, monkeypatch):
+    slept = []
+    monkeypatch.setattr(downloads, "PAUSE", 1.0)
+    monkeypatch.setattr(downloads.time, "sleep", slept.append)
+    with serving(FILE, refuses(500)) as mirror:
+        failed(path, mirror.url)
+    assert slept == [1.0, 2.0]
+
+
+def test_nothing_reachable_lists_every_mirror_and_the_way_on(path):
+    first, second = nobody(), nobody()
+    said = failed(path, first, second)
+    assert "cannot download file.bin" in said
+    assert all(f"\n  {url}: [Errno" in said and "refused" in said for url in (first, second))
+    assert f"put the file at {path} by hand (MD5 {MD5})" in said
+    assert '"digits" and "shapes"' in said
+    assert isinstance(DownloadError(), OSError)
+
+
+def test_without_a_network_nobody_waits(path, monkeypatch):
+    def unknown(*args, **kwargs):
+        asked.append(args)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert "http://example.org/file.bin: no such host, or no network" in failed(path, "http://example.org/file.bin")
+    assert len(asked) == 1
+
+
+# ---- two at a time --------------------------------------------------------------------------------------------------
+
+
+def test_two_at_the_same_time_fetch_once(path):
+    began, go_on = threading.Event(), threading.Event()
+
+    def slowly(handler, body, over):
+        began.set()
+        go_on.wait(10)
+        sends()(handler, body, over)
+
+    with serving(FILE, slowly) as mirror:
+        two = [threading.Thread(target=fetch, args=([mirror.url], path), kwargs=dict(md5=MD5)) for _ in range(2)]
+        two[0].start()
+        assert began.wait(10)
+        two[1].start()
+        two[1].join(0.3)
+        assert two[1].is_alive() and mirror.asked == [None]
+        go_on.set()
+        for one in two:
+            one.join(10)
+        got(path, mirror.url)
+    assert mirror.asked == [None]
+
+
+def test_without_locks_it_works_as_well(path, monkeypatch):
+    class NoLocks:
+        LOCK_EX = 2
+
+        def flock(self, *args):
+            raise OSError(37, "No locks available")
+
+    for fcntl in (NoLocks(), None):  # some network file systems; Windows
+        monkeypatch.setattr(downloads, "fcntl", fcntl)
+        path.unlink(missing_ok=True)
+        with serving(FILE) as mirror:
+            got(path, mirror.url)
+
+
+# ---- archives -------------------------------------------------------------------------------------------------------
+
+
+def archive(folder, *members, mode="w:gz"):
+    """folder/a.tar.gz of these (name, content), or tarfile.TarInfo for what is no plain file."""
+    with tarfile.open(folder / "a.tar.gz", mode) as opened:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                opened.addfile(member)
+                continue
+            info = tarfile.TarInfo(member[0])
+            info.size = len(member[1])
+            opened.addfile(info, io.BytesIO(member[1]))
+    return folder / "a.tar.gz"
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w"])
+def test_an_archive_is_unpacked(tmp_path, mode):
+    packed = archive(tmp_path, ("inner/one", b"1"), ("inner/deep/two", FILE), mode=mode)
+    assert unpack(packed, tmp_path / "inner") == tmp_path / "inner"
+    assert (tmp_path / "inner" / "deep" / "two").read_bytes() == FILE
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tar.gz", "inner"]
+
+
+def link(name, target):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = tarfile.SYMTYPE, target
+    return info
+
+
+@pytest.mark.parametrize(
+    "evil", [("../outside", b"x"), ("inner/../../outside", b"x"), link("inner/door", "../../outside")]
+)
+def test_an_archive_that_leaves_its_folder_is_refused(tmp_path, evil):
+    home = tmp_path / "home"
+    home.mkdir()
+    with pytest.raises(ValueError, match="cannot unpack .*a.tar.gz .*outside"):
+        unpack(archive(home, ("inner/one", b"1"), evil), home / "inner")
+    assert [file.name for file in home.iterdir()] == ["a.tar.gz"]
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-5000], lambda whole: b"no archive", lambda whole: b""])
+def test_a_damaged_archive_leaves_nothing(tmp_path, damage):
+    packed = archive(tmp_path, ("inner/one", b"1"), ("inner/two", FILE))
+    packed.write_bytes(damage(packed.read_bytes()))
+    with pytest.raises(ValueError, match="cannot unpack .*fetch it again"):
+        unpack(packed, tmp_path / "inner")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.tar.gz"]
+
+
+def test_an_archive_of_something_else_is_refused(tmp_path):
+    for members in ([("other/one", b"1")], [("inner", b"a file")]):
+        with pytest.raises(ValueError, match="holds no folder inner"):
+            unpack(archive(tmp_path, *members), tmp_path / "inner")
+        assert [file.name for file in tmp_path.iterdir()] == ["a.tar.gz"]
+
+
+def test_a_folder_that_is_there_stays(tmp_path):
+    """As when another process unpacked the same archive a moment earlier."""
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "mine").write_text("kept")
+    unpack(archive(tmp_path, ("inner/one", b"1")), tmp_path / "inner")
+    assert [file.name for file in (tmp_path / "inner").iterdir()] == ["mine"]
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError):
+        unpack(archive(tmp_path, ("file/one", b"1")), tmp_path / "file")
