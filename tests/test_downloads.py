@@ -1,5 +1,6 @@
 """Downloads from servers that break off, cheat or sleep: whole or not at all, and said. Archives likewise."""
 
+import contextlib
 import hashlib
 import io
 import socket
@@ -185,13 +186,24 @@ def test_one_that_always_truncates_is_given_up(path):
     assert good.asked == ["bytes=70000-"]
 
 
+def test_less_than_before_is_nothing_new(path):
+    longer, shorter = sends(70_000, ranges=False), sends(30_000, ranges=False)
+    with serving(FILE, longer, shorter, longer, shorter, longer) as mirror:
+        failed(path, mirror.url)
+    assert len(mirror.asked) == 1 + downloads.TRIES
+
+
 def test_wrong_bytes_are_refused(path):
     with serving(OTHER) as bad, serving(FILE) as good:
         said = failed(path, bad.url)
         assert f"{bad.url}: these are other bytes" in said and hashlib.md5(OTHER).hexdigest() in said
         assert list(path.parent.iterdir()) == []  # nothing of them stays
         got(path, bad.url, good.url)
-    assert bad.asked == [None, None] and good.asked == [None]
+        assert bad.asked == [None, None] and good.asked == [None]
+        path.unlink()
+        part_of(path, OTHER[:1000])
+        failed(path, bad.url)
+    assert bad.asked[2:] == ["bytes=1000-", None]
 
 
 def test_a_missing_file_is_not_asked_for_twice(path):
@@ -248,26 +260,61 @@ def test_without_a_network_nobody_waits(path, monkeypatch):
 # ---- two at a time --------------------------------------------------------------------------------------------------
 
 
+class Waits:
+    """An act that says when it has begun and goes on when it may."""
+
+    def __init__(self, act):
+        self.began, self.may, self.act = threading.Event(), threading.Event(), act
+
+    def __call__(self, *request):
+        self.began.set()
+        self.may.wait(10)
+        self.act(*request)
+
+
+def start(path, url):
+    def quietly():
+        with contextlib.suppress(DownloadError):
+            fetch([url], path, md5=MD5)
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    return thread
+
+
 def test_two_at_the_same_time_fetch_once(path):
-    began, go_on = threading.Event(), threading.Event()
-
-    def slowly(handler, body, over):
-        began.set()
-        go_on.wait(10)
-        sends()(handler, body, over)
-
-    with serving(FILE, slowly) as mirror:
-        two = [threading.Thread(target=fetch, args=([mirror.url], path), kwargs=dict(md5=MD5)) for _ in range(2)]
-        two[0].start()
-        assert began.wait(10)
-        two[1].start()
-        two[1].join(0.3)
-        assert two[1].is_alive() and mirror.asked == [None]
-        go_on.set()
-        for one in two:
-            one.join(10)
+    act = Waits(sends())
+    with serving(FILE, act) as mirror:
+        first = start(path, mirror.url)
+        assert act.began.wait(10)
+        second = start(path, mirror.url)
+        second.join(0.3)
+        assert second.is_alive() and mirror.asked == [None]
+        act.may.set()
+        for thread in (first, second):
+            thread.join(10)
         got(path, mirror.url)
     assert mirror.asked == [None]
+
+
+def test_the_second_tries_where_the_first_failed_and_a_third_waits(path):
+    fails, works = Waits(refuses(404)), Waits(sends())
+    with serving(FILE, fails, works) as mirror:
+        first = start(path, mirror.url)
+        assert fails.began.wait(10)
+        second = start(path, mirror.url)
+        second.join(0.2)
+        fails.may.set()
+        first.join(10)
+        assert works.began.wait(10)
+        third = start(path, mirror.url)
+        third.join(0.2)
+        assert third.is_alive() and mirror.asked == [None, None]
+        works.may.set()
+        for thread in (second, third):
+            thread.join(10)
+        got(path, mirror.url)
+    assert mirror.asked == [None, None]
 
 
 def test_without_locks_it_works_as_well(path, monkeypatch):
@@ -301,11 +348,12 @@ def archive(folder, *members, mode="w:gz"):
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w"])
-def test_an_archive_is_unpacked(tmp_path, mode):
+def test_an_archive_is_unpacked(tmp_path, mode, capsys):
     packed = archive(tmp_path, ("inner/one", b"1"), ("inner/deep/two", FILE), mode=mode)
     assert unpack(packed, tmp_path / "inner") == tmp_path / "inner"
     assert (tmp_path / "inner" / "deep" / "two").read_bytes() == FILE
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tar.gz", "inner"]
+    assert "unpacking a.tar.gz" in capsys.readouterr().err
 
 
 def link(name, target):
