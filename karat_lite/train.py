@@ -18,7 +18,7 @@ import torch
 from .analysis.cost import machine
 from .bases import BASE_ACTIVATIONS, available_bases
 from .checkpoints import write_whole
-from .data import load_dataset
+from .data import NAMED, load_dataset
 from .operators import INITS, ORDERS
 from .recipes import RECIPES
 from .training import evaluate, train
@@ -150,7 +150,7 @@ def _summaries(runs: list[dict]) -> dict[str, dict]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m karat_lite.train", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", required=True, help="digits, shapes, or the path of an image folder with train/ and test/")
+    add("--data", required=True, help=f"{', '.join(NAMED)}, or the path of an image folder with train/ and test/")
     add("--attention", nargs="+", default=["softmax", "karat"], choices=ATTENTIONS, help="one run each")
     add("--seeds", nargs="+", type=int, default=[0], help="initial weights and order of batches")
     add("--model", default="vit_pico", choices=list(SIZES))

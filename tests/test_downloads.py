@@ -169,7 +169,7 @@ def test_a_part_of_other_bytes_is_not_held_against_the_mirror(path):
 
 def test_a_silent_connection_is_continued(path):
     with serving(FILE, sends(70_000, stall=True), sends()) as mirror:
-        got(path, mirror.url, timeout=0.2)
+        got(path, mirror.url, timeout=0.5)
     assert mirror.asked == [None, "bytes=70000-"]
 
 
@@ -222,7 +222,7 @@ def test_a_busy_server_is_asked_again(path, code):
 
 def test_one_that_is_always_silent_is_given_up(path):
     with serving(FILE, sends(0, stall=True)) as mirror:
-        assert f"{mirror.url}: silent for 0.1 s" in failed(path, mirror.url, timeout=0.1)
+        assert f"{mirror.url}: silent for 0.2 s" in failed(path, mirror.url, timeout=0.2)
     assert len(mirror.asked) == downloads.TRIES
     assert list(path.parent.iterdir()) == []
 
