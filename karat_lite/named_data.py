@@ -66,8 +66,8 @@ def _stl10(name: str, split: str, folder: Path, download: bool):
     unpacked = folder / STL10.base_folder
     _unpack_once(name, [STL10.url], folder / STL10.filename, STL10.tgz_md5, unpacked, download)
     data = _opened(name, unpacked, lambda: Labelled(folder, split, download=False))
-    if not hasattr(data, "classes"):  # the one file that torchvision does not check
-        raise _damaged(name, unpacked, f"{STL10.class_names_file} is missing")
+    if len(getattr(data, "classes", ())) != 10:  # the one file that torchvision does not check
+        raise _damaged(name, unpacked, f"{STL10.class_names_file} does not name ten classes")
     return torch.from_numpy(data.data), torch.from_numpy(data.labels).long(), data.classes
 
 
