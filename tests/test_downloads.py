@@ -1,10 +1,8 @@
-"""Downloads from servers that break off, cheat or sleep: whole or not at all, and said. Archives likewise."""
+"""Downloads from servers that break off, cheat or sleep: whole or not at all, and said."""
 
 import contextlib
 import hashlib
-import io
 import socket
-import tarfile
 import threading
 import warnings
 
@@ -14,7 +12,7 @@ import tqdm
 from mirrors import nobody, refuses, sends, serving
 
 from karat_lite import downloads
-from karat_lite.downloads import DownloadError, fetch, unpack
+from karat_lite.downloads import DownloadError, fetch
 
 FILE = np.random.default_rng(0).bytes(200_000)
 MD5 = hashlib.md5(FILE).hexdigest()
@@ -329,73 +327,3 @@ def test_without_locks_it_works_as_well(path, monkeypatch):
         path.unlink(missing_ok=True)
         with serving(FILE) as mirror:
             got(path, mirror.url)
-
-
-# ---- archives -------------------------------------------------------------------------------------------------------
-
-
-def archive(folder, *members, mode="w:gz"):
-    """folder/a.tar.gz of these (name, content), or tarfile.TarInfo for what is no plain file."""
-    with tarfile.open(folder / "a.tar.gz", mode) as opened:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                opened.addfile(member)
-                continue
-            info = tarfile.TarInfo(member[0])
-            info.size = len(member[1])
-            opened.addfile(info, io.BytesIO(member[1]))
-    return folder / "a.tar.gz"
-
-
-@pytest.mark.parametrize("mode", ["w:gz", "w"])
-def test_an_archive_is_unpacked(tmp_path, mode, capsys):
-    packed = archive(tmp_path, ("inner/one", b"1"), ("inner/deep/two", FILE), mode=mode)
-    assert unpack(packed, tmp_path / "inner") == tmp_path / "inner"
-    assert (tmp_path / "inner" / "deep" / "two").read_bytes() == FILE
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tar.gz", "inner"]
-    assert "unpacking a.tar.gz" in capsys.readouterr().err
-
-
-def link(name, target):
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = tarfile.SYMTYPE, target
-    return info
-
-
-@pytest.mark.parametrize(
-    "evil", [("../outside", b"x"), ("inner/../../outside", b"x"), link("inner/door", "../../outside")]
-)
-def test_an_archive_that_leaves_its_folder_is_refused(tmp_path, evil):
-    home = tmp_path / "home"
-    home.mkdir()
-    with pytest.raises(ValueError, match="cannot unpack .*a.tar.gz .*outside"):
-        unpack(archive(home, ("inner/one", b"1"), evil), home / "inner")
-    assert [file.name for file in home.iterdir()] == ["a.tar.gz"]
-    assert [file.name for file in tmp_path.iterdir()] == ["home"]
-
-
-@pytest.mark.parametrize("damage", [lambda whole: whole[:-5000], lambda whole: b"no archive", lambda whole: b""])
-def test_a_damaged_archive_leaves_nothing(tmp_path, damage):
-    packed = archive(tmp_path, ("inner/one", b"1"), ("inner/two", FILE))
-    packed.write_bytes(damage(packed.read_bytes()))
-    with pytest.raises(ValueError, match="cannot unpack .*fetch it again"):
-        unpack(packed, tmp_path / "inner")
-    assert [file.name for file in tmp_path.iterdir()] == ["a.tar.gz"]
-
-
-def test_an_archive_of_something_else_is_refused(tmp_path):
-    for members in ([("other/one", b"1")], [("inner", b"a file")]):
-        with pytest.raises(ValueError, match="holds no folder inner"):
-            unpack(archive(tmp_path, *members), tmp_path / "inner")
-        assert [file.name for file in tmp_path.iterdir()] == ["a.tar.gz"]
-
-
-def test_a_folder_that_is_there_stays(tmp_path):
-    """As when another process unpacked the same archive a moment earlier."""
-    (tmp_path / "inner").mkdir()
-    (tmp_path / "inner" / "mine").write_text("kept")
-    unpack(archive(tmp_path, ("inner/one", b"1")), tmp_path / "inner")
-    assert [file.name for file in (tmp_path / "inner").iterdir()] == ["mine"]
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError):
-        unpack(archive(tmp_path, ("file/one", b"1")), tmp_path / "file")
