@@ -2,7 +2,7 @@
 
 Ground floor first: checks; bases, fourier, edge_bases; kernels, recompute, functional; operators, attention, vit; data,
 recipes, checkpoints, training beside them. `plots`, `widgets` and `notebook` bring matplotlib and ipywidgets with them,
-so they load when first named.
+so they load when first named; downloads and named_data, with torchvision, when a dataset needs them.
 """
 
 import importlib

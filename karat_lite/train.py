@@ -10,6 +10,7 @@ Every field of a recipe is an option of that name: --epochs 3 --mixup 0 --ema 0.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ from .analysis.signal import signal_sizes
 from .augment import as_tested, in_order
 from .bases import BASE_ACTIVATIONS, available_bases
 from .checkpoints import write_whole
-from .data import load_dataset
+from .data import FILES_SIZE, NAMED, load_dataset
 from .evaluation import evaluate
 from .history import History
 from .operators import INITS, ORDERS
@@ -43,9 +44,11 @@ def main(argv: list[str] | None = None) -> None:
     first = int(os.environ.get("RANK", 0)) == 0  # of several processes one speaks and writes
     say = print if first else lambda *_: None
     size = args.img_size or (224 if recipe.single_pictures else None)
-    stored = None if recipe.single_pictures else size  # single pictures are cropped and resized from what is stored
-    train_data = load_dataset(args.data, "train", img_size=stored, limit=args.limit)
-    test_data = load_dataset(args.data, "test", img_size=stored or train_data.img_size)
+    stored = None if recipe.single_pictures else size  # single pictures are cropped and resized from the whole
+    files = recipe.single_pictures and (args.data in FILES_SIZE or args.data not in NAMED)
+    load = functools.partial(load_dataset, args.data, in_memory=False if files else None)
+    train_data = load("train", img_size=stored, limit=args.limit)
+    test_data = load("test", img_size=stored or train_data.img_size)
     larger = None if args.resize_to is None else load_dataset(args.data, "test", img_size=args.resize_to)
     size = size or train_data.img_size
     variants = _variants(args)
@@ -192,7 +195,7 @@ def _kind(field: dataclasses.Field) -> dict:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m karat_lite.train", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--data", required=True, help="a dataset by name, or the path of an image folder")
+    add("--data", required=True, help=f"{', '.join(NAMED)}, or the path of an image folder with train/ and test/")
     add("--attention", nargs="+", default=["softmax", "karat"], choices=ATTENTIONS, help="one run each")
     add("--seeds", nargs="+", type=int, default=[0], help="initial weights and order of batches")
     add("--model", default="vit_pico", choices=list(SIZES))

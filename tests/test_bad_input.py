@@ -38,6 +38,7 @@ CASES = {
         ValueError,
         ["'digit'", "did you mean 'digits'?", "'shapes'"],
     ),
+    "hyphen": (lambda: kl.load_dataset("cifar-10", "test"), ValueError, ["'cifar-10'", "did you mean 'cifar10'?"]),
     "no dataset": (lambda: kl.load_dataset("xyz", "test"), ValueError, ["'xyz'", "'digits', 'shapes'", "folder"]),
     "split": (lambda: kl.load_dataset("digits", "tests"), ValueError, ["split 'tests'", "did you mean 'test'?"]),
     "nothing like it": (lambda: pico(basis="xyz"), ValueError, ["basis 'xyz': Choose one of 'bspline', 'chebyshev'"]),

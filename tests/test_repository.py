@@ -102,6 +102,13 @@ def test_committed_data_is_described_and_small():
     assert sum(path.stat().st_size for path in files if path.parent.name == "checkpoints") <= 25e6
 
 
+def test_downloads_stay_out_of_git():
+    ours = ["data/README.md", "data/checkpoints/x.json", "data/results/x.json"]
+    downloads = ["data/svhn/test_32x32.mat", "data/cifar10/cifar-10-python.tar.gz.part", "data/imagenet/val/a/b.JPEG"]
+    command = ["git", "check-ignore", *ours, *downloads]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split() == downloads
+
+
 def test_notebooks_are_small_together():
     assert sum(path.stat().st_size for path in build.chosen(())) <= 12e6
 
