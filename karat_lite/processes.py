@@ -95,15 +95,13 @@ class _Around(nn.Module):
         return self.model(images)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes that PyTorch held on a GPU at most since the process began; elsewhere, the most that the process held."""
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that PyTorch held on a GPU, or the process elsewhere, since it began; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
-    except ImportError:  # Windows, whose own count psutil reads; accelerate brings psutil along
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
