@@ -41,13 +41,15 @@ def setup(profile: str = "reader", seed: int = 0, device: str = "auto") -> Setup
     return chosen
 
 
-def live(draw: Callable) -> Callable:
-    """A callback for `train(on_epoch=...)`: shows the figure draw(history), replaced by a new one after every epoch."""
+def live(draw: Callable, every: int = 1) -> Callable:
+    """A callback for `train(on_epoch=...)`: shows the figure draw(history), replaced every `every` epochs."""
     from IPython.display import display
 
     shown: list = []
 
     def show(history) -> None:
+        if len(history.records) % every:
+            return
         if shown:
             shown[0].update(draw(history))
         else:

@@ -121,3 +121,4 @@ def test_live_figures_replace_one_another():
     last = LIVE.replace("(1, 2, 3)", "(3,)")
     shown, expected, first = pictures(LIVE), pictures(last), pictures(last.replace("(3,)", "(1,)"))
     assert len(shown) == 1 and shown == expected != first
+    assert pictures(LIVE.replace("}))\nfor", "}), every=4)\nfor")) == []
