@@ -5,6 +5,7 @@ python -m karat_lite.check --data digits
 """
 
 import argparse
+from pathlib import Path
 
 from .checkpoints import available_checkpoints, load_checkpoint
 from .data import load_dataset
@@ -23,14 +24,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("checkpoints", nargs="*", help="names or paths")
     args = parser.parse_args(argv)
-    test_data = None
+    test_data, wanted = None, Path(args.data).name.split("_")[0]
     checked, wrong = 0, 0
     for name in args.checkpoints or available_checkpoints():
         model, card = load_checkpoint(name)
+        if not args.checkpoints and card["data"].split("_")[0] != wanted:
+            continue
         if test_data is None or test_data.img_size != model.img_size:
             test_data = load_dataset(args.data, "test", img_size=model.img_size)
-        if not args.checkpoints and card["data"].split("_")[0] != test_data.name.split("_")[0]:
-            continue
         accuracy, expected = evaluate(model, test_data, args.device)["accuracy"], card["metrics"]["test_accuracy"]
         off = abs(accuracy - expected) > TOLERANCE
         checked, wrong = checked + 1, wrong + off

@@ -106,7 +106,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have errors of their own
         kept = "what it held before is unharmed" if path.exists() else "nothing was left behind"
         raise OSError(
-            f"could not write {path} ({_first_line(error)}); {kept}. "
+            f"could not write {path} ({first_line(error)}); {kept}. "
             "Free some space, or choose a folder that can be written."
         ) from error
     finally:
@@ -114,7 +114,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

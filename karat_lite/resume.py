@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoints import write_whole
+from .checkpoints import first_line, write_whole
 
 FILE = "resume.pt"
 
@@ -32,10 +32,9 @@ def load_state(folder: Path, about: dict) -> dict | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         its = state["about"]
     except (RuntimeError, EOFError, KeyError, OSError, ValueError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path} is damaged ({reason}): this training cannot go on from it. Remove the file to start again; the "
-            f"last epoch's weights are in {folder / 'model.safetensors'}."
+            f"{path} is damaged ({first_line(error)}): this training cannot go on from it. Remove the file to start "
+            f"again; the last epoch's weights are in {folder / 'model.safetensors'}."
         ) from error
     differ = [key for key in {**about, **its} if about.get(key) != its.get(key)]
     if differ:

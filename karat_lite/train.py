@@ -157,11 +157,9 @@ def _variants(args) -> dict[str, dict]:
 
 def _runs_so_far(args, command: str) -> list[dict]:
     """With --resume, the runs that an interrupted call of the same command left in its results file."""
-    if not args.resume:
-        return []
-    if args.results is None:
-        raise ValueError("--resume needs --results FILE: what is there already stands in that file.")
-    if not args.results.is_file():
+    if args.resume and args.results is None and args.out is None:
+        raise ValueError("--resume needs --out FOLDER or --results FILE: what is there already stands in them.")
+    if not args.resume or args.results is None or not args.results.is_file():
         return []
     before = json.loads(args.results.read_text())
     if before["command"] != command:

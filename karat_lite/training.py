@@ -307,6 +307,11 @@ def _check_fit(model: VisionTransformer, train_data, test_data, recipe: Recipe, 
             f"{train_data.name}: take batch_size <= {len(train_data)}."
         )
     divides("the number of processes", processes, "batch_size", recipe.batch_size)
+    if (recipe.mixup or recipe.cutmix) and recipe.batch_size // processes % 2:
+        raise ValueError(
+            f"mixup and cutmix pair images of each process's share of a batch: {recipe.batch_size} images over "
+            f"{processes} processes are {recipe.batch_size // processes} each, an odd number. Take another batch_size."
+        )
 
 
 def _make_writable(out: Path) -> None:

@@ -90,6 +90,9 @@ def test_a_batch_that_processes_cannot_share_is_refused():
     data = digits()
     with pytest.raises(ValueError, match="batch_size = 32 is not divisible by the number of processes = 3: take .* 30"):
         _check_fit(pico(), *data, kl.Recipe(), processes=3)
+    mixing = kl.Recipe(batch_size=6, mixup=0.8)
+    with pytest.raises(ValueError, match="6 images over 2 processes are 3 each, an odd number. Take another"):
+        _check_fit(pico(), *data, mixing, processes=2)
     with pytest.raises(ValueError, match="a batch of 512 is larger than the 256 training images of digits: take"):
         train(pico(), *data, kl.Recipe(batch_size=512), device="cpu")
 

@@ -331,6 +331,18 @@ def test_the_command_line_trains_variants_and_resumes_their_table(tmp_path, monk
         command_line(monkeypatch, *options, "--lr", "0.1")
 
 
+def test_the_command_line_resumes_from_its_folder_alone(tmp_path, monkeypatch, capsys):
+    """As `make train` does: finished runs are not trained again, and need no table."""
+    options = f"--data digits --epochs 1 --limit 64 --attention karat --out {tmp_path} --resume".split()
+    command_line(monkeypatch, *options)
+    state = tmp_path / "digits_karat_seed0" / "resume.pt"
+    stamp, first = state.stat().st_mtime_ns, capsys.readouterr().out.splitlines()[-1]
+    command_line(monkeypatch, *options)
+    assert state.stat().st_mtime_ns == stamp and capsys.readouterr().out.splitlines()[-1] == first
+    with pytest.raises(ValueError, match="--resume needs --out FOLDER or --results FILE"):
+        command_line(monkeypatch, "--data", "digits", "--resume")
+
+
 def test_the_command_line_tests_at_another_size(tmp_path, monkeypatch):
     results = tmp_path / "resized.json"
     options = "--data digits --img-size 16 --patch-size 4 --epochs 2 --limit 400 --resize-to"
