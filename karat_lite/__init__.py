@@ -18,16 +18,17 @@ from .fourier import Fourier
 from .history import History
 from .operators import KArAtOperator
 from .recipes import RECIPES, Recipe
+from .trajectory import Trajectory, load_trajectory
 from .vit import VisionTransformer, create_model, load_timm_weights, resize
 
 __version__ = "0.1.0"
 _LAZY = ("notebook", "plots", "widgets")
 __all__ = [
     "AttentionRecord", "Basis", "EdgeBasis", "Fourier", "History", "HybridActivation", "KArAtOperator", "KArAttention",
-    "LinearBasis", "MultiHeadAttention", "RECIPES", "Recipe", "SoftmaxActivation", "VisionTransformer",
+    "LinearBasis", "MultiHeadAttention", "RECIPES", "Recipe", "SoftmaxActivation", "Trajectory", "VisionTransformer",
     "available_bases", "available_checkpoints", "checkpoints", "create_model", "data", "edge_bases", "evaluate",
-    "functional", "load_checkpoint", "load_dataset", "load_timm_weights", "make_basis", "recipes", "register_basis",
-    "resize", "save_checkpoint", "training", *_LAZY,
+    "functional", "load_checkpoint", "load_dataset", "load_timm_weights", "load_trajectory", "make_basis", "recipes",
+    "register_basis", "resize", "save_checkpoint", "training", *_LAZY,
 ]  # fmt: skip
 
 

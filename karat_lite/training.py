@@ -109,7 +109,7 @@ def train(
         bar.close()
         engine.release()
     if snapshots and engine.first:
-        pack_snapshots(out, run.snapshots, run.card())
+        pack_snapshots(out, run.snapshots, run.card(), model.config)
     model.eval()
     return run.history
 

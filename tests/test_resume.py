@@ -111,8 +111,8 @@ def test_killed_ten_times_a_training_ends_at_the_same_bits(whole, tmp_path):
     a, b = (History.load(folder / "history.jsonl") for folder in (whole, tmp_path))
     assert untimed(a) == untimed(b) and a.steps == b.steps and len(a.steps) == 1 + STEPS // 7
     a, b = (load_trajectory(folder / "trajectory.safetensors") for folder in (whole, tmp_path))
-    assert a[1]["steps"] == b[1]["steps"] == [0, 10, 20, 30, 40]
-    assert all(torch.equal(value, b[0][name]) for name, value in a[0].items())
+    assert a.steps == b.steps == [0, 10, 20, 30, 40]
+    assert all(torch.equal(value, b.weights[name]) for name, value in a.weights.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
@@ -190,18 +190,22 @@ def test_dropout_goes_on_with_the_same_random_numbers(tmp_path):
 
 
 def test_snapshots_are_the_weights_from_first_to_last(whole):
-    path, card = load_trajectory(whole / "trajectory.safetensors")
-    assert card["steps"] == sorted(snapshot_steps(5, STEPS)) and card["seed"] == 3
+    path = load_trajectory(whole / "trajectory.safetensors")
+    assert path.steps == sorted(snapshot_steps(5, STEPS)) and path.card["seed"] == 3
     first, (last, _) = make(), kl.load_checkpoint(whole / "model.safetensors")
-    assert set(path) == {name for name, _ in first.named_parameters()}, "a shared operator stands there once"
+    assert set(path.weights) == {name for name, _ in first.named_parameters()}, "a shared operator stands there once"
     for model, at in ((first, 0), (last, -1)):
+        shot = dict(path.model(at).named_parameters())
         for name, value in model.named_parameters():
-            assert torch.equal(path[name][at], value.half().float()), name
+            assert torch.equal(path.weights[name][at], value.half().float()), name
+            assert torch.equal(shot[name], value.half().float()), name
+    with pytest.raises(ValueError, match="snapshot 5 is not there: this trajectory holds snapshots 0 to 4"):
+        path.model(5)
     assert snapshot_steps(20, 1000) >= {0, 1000} and len(snapshot_steps(20, 1000)) == 20
 
 
 def test_what_is_no_trajectory_is_refused(whole, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no trajectory at .*: train with snapshots=20 and out=FOLDER"):
+    with pytest.raises(FileNotFoundError, match="no trajectory at .*: .*snapshots=20 and out=FOLDER"):
         load_trajectory(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="is no trajectory: its card names no steps"):
         load_trajectory(whole / "model.safetensors")
