@@ -97,13 +97,14 @@ def test_no_committed_file_names_a_folder_of_somebodys_machine():
 
 def test_committed_data_is_described_and_small():
     described = (ROOT / "data" / "README.md").read_text(encoding="utf8")
-    files = [path for path in committed_files() if path.parent.name in ("checkpoints", "results")]
-    assert [path.name for path in files if path.name not in described] == []
-    assert sum(path.stat().st_size for path in files if path.parent.name == "checkpoints") <= 25e6
+    files = [path for path in committed_files() if path.parent.name in ("checkpoints", "trajectories", "results")]
+    named = [f"{path.parent.name}/{path.name}" for path in files]
+    assert [name for name in named if name not in described] == []
+    assert sum(path.stat().st_size for path in files if path.parent.name != "results") <= 25e6
 
 
 def test_downloads_stay_out_of_git():
-    ours = ["data/README.md", "data/checkpoints/x.json", "data/results/x.json"]
+    ours = ["data/README.md", "data/checkpoints/x.json", "data/trajectories/x.safetensors", "data/results/x.json"]
     downloads = ["data/svhn/test_32x32.mat", "data/cifar10/cifar-10-python.tar.gz.part", "data/imagenet/val/a/b.JPEG"]
     command = ["git", "check-ignore", *ours, *downloads]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split() == downloads

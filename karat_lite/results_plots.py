@@ -1,0 +1,107 @@
+"""Figures from tables of runs: what `python -m karat_lite.train --results FILE.json` wrote, read by `json.loads`.
+
+A variant is what such a table calls "attention": softmax, karat, or what differs within the call ("karat paper").
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from .canvas import COLOURS, INK, LINES, WIDTH, label_axes, legend, need_mapping, sheet, short
+from .checks import one_of
+
+SIGNALS = {  # of `analysis.signal.signal_sizes`, and the norm of all gradients
+    "attention": "attention output / values",
+    "stream": "residual stream, RMS",
+    "apart": "share that tells tokens apart",
+    "grad_norm": "norm of all gradients",
+}
+
+
+def accuracy_by_epoch(results: Mapping, variants: Sequence[str] | None = None) -> Figure:
+    """Test accuracy epoch by epoch: for every variant the mean of its seeds as a line, in a band from worst to best.
+
+    variants: which, in which order; None takes all.
+    """
+    runs = _runs_of(results, variants)
+    beside = 1.5 + 0.072 * max(map(len, runs))
+    figure, (axes,) = sheet(1, 1, (WIDTH - 0.65 - beside, 3.2), margins=(0.65, beside, 0.55, 0.15))
+    for i, (name, mine) in enumerate(runs.items()):
+        curves = 100 * np.array([run["test_accuracy"] for run in mine])  # (seed, epoch)
+        epoch, last = np.arange(1, 1 + curves.shape[1]), curves[:, -1]
+        spread = f" ± {last.std(ddof=1):.1f}" if len(last) > 1 else ""
+        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)])
+        axes.fill_between(epoch, curves.min(axis=0), curves.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
+        said = f"{name}: {last.mean():.1f}{spread} %"
+        axes.plot(epoch, curves.mean(axis=0), linewidth=2, label=said, **style)
+    seeds = sorted({len(mine) for mine in runs.values()})
+    label_axes(axes, "epoch", f"test accuracy (%), {' or '.join(map(str, seeds))} seed{'s' * (seeds[-1] > 1)}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend(axes, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0, frameon=False)
+    return figure
+
+
+def signals_by_step(
+    results: Mapping, variants: Sequence[str], signals: Sequence[str] = ("attention", "grad_norm"), last: int = 500
+) -> Figure:
+    """How large signals are in the first steps of training, a column for every variant, a row for every signal.
+
+    results: of a call with --log-every STEPS --signal. Of each signal the geometric mean over the seeds: a line for
+    each block, the first dark, the last light (the gradients' norm has one line). signals: of "attention", "stream",
+    "apart", "grad_norm"; last: the step to stop at.
+    """
+    runs = _runs_of(results, variants)
+    for signal in signals:
+        one_of("signal", signal, SIGNALS)
+    if any("steps" not in run for mine in runs.values() for run in mine):
+        raise ValueError("these runs have no steps: train with --log-every STEPS --signal to measure them.")
+    side = min(2.6, (WIDTH - 0.9) / len(runs) - 0.15)
+    shape = dict(margins=(0.75, 0.15, 0.55, 0.3), gaps=(0.15, 0.2))
+    figure, panels = sheet(len(signals), len(runs), (side, 1.7), **shape)
+    for i, signal in enumerate(signals):
+        row, logged = panels[i * len(runs) :], [_over_seeds(name, mine, signal, last) for name, mine in runs.items()]
+        low, high = min(value.min() for _, value in logged), max(value.max() for _, value in logged)
+        for j, (axes, (step, value)) in enumerate(zip(row, logged, strict=False)):
+            for block, line in enumerate(value.T):
+                shade = block / max(1, value.shape[1] - 1)
+                axes.plot(step, line, color=_between(shade), linewidth=1.6)
+            axes.set(yscale="log", ylim=(low / 1.2, high * 1.2))
+            lowest, first = i == len(signals) - 1, j == 0
+            label_axes(axes, "step" if lowest else "", SIGNALS[signal] if first else "")
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high < 20 * low else LogLocator(numticks=5))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.tick_params(labelleft=first, labelbottom=lowest, which="both")
+            if i == 0:
+                axes.set_title(list(runs)[j], fontsize=10, color=INK)
+    return figure
+
+
+def _runs_of(results: Mapping, variants: Sequence[str] | None) -> dict[str, list]:
+    """Variant -> its runs."""
+    need_mapping("results", results)
+    if not results.get("runs"):
+        raise ValueError("results hold no runs: give what `python -m karat_lite.train --results` wrote.")
+    found: dict[str, list] = {}
+    for run in results["runs"]:
+        found.setdefault(run["attention"], []).append(run)
+    return {one_of("variant", name, found): found[name] for name in (found if variants is None else variants)}
+
+
+def _over_seeds(name: str, runs: list, signal: str, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (n,) and the geometric mean over the seeds (n, blocks)."""
+    step = np.array([record["step"] for record in runs[0]["steps"]])
+    step = step[step <= last]
+    if len(step) == 0:
+        raise ValueError(f"{name!r} was not logged up to step {last}.")
+    logged = [[np.atleast_1d(record[signal]) for record in run["steps"][: len(step)]] for run in runs]
+    return step, np.exp(np.log(np.array(logged, dtype=float)).mean(axis=0))
+
+
+def _between(share: float) -> str:
+    """From dark to light blue."""
+    dark, light = np.array([8, 48, 107]), np.array([158, 202, 225])
+    return "#" + "".join(f"{round(x):02x}" for x in dark + share * (light - dark))

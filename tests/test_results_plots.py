@@ -1,0 +1,66 @@
+"""Figures from tables of runs: the numbers drawn are the table's, and what cannot be drawn is refused."""
+
+import numpy as np
+import pytest
+from figures import texts
+
+from karat_lite.results_plots import accuracy_by_epoch, signals_by_step
+
+
+def table(**accuracies):
+    """name -> final accuracies of its seeds; two blocks, three logged steps."""
+
+    def run(name, seed, last):
+        steps = [
+            {"step": step, "attention": [(seed + 1) * step, 4.0], "stream": [1.0, 2.0, 3.0], "grad_norm": last * step}
+            for step in (1, 50, 100)
+        ]
+        return {"attention": name, "seed": seed, "test_accuracy": [last / 4, last / 2, last], "steps": steps}
+
+    return {"runs": [run(name, seed, last) for name, all_ in accuracies.items() for seed, last in enumerate(all_)]}
+
+
+def test_accuracy_is_the_mean_of_the_seeds_and_the_band_their_range():
+    figure = accuracy_by_epoch(table(softmax=[0.4, 0.6], karat=[0.8, 0.9]))
+    axes = figure.axes[0]
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[1, 2, 3]] * 2
+    assert np.allclose(axes.lines[0].get_ydata(), [12.5, 25, 50]) and np.allclose(axes.lines[1].get_ydata()[-1], 85)
+    band = axes.collections[0].get_paths()[0].vertices
+    assert np.isclose(band[:, 1].min(), 10) and np.isclose(band[:, 1].max(), 60)
+    assert "softmax: 50.0 ± 14.1 %" in texts(figure) and "2 seeds" in texts(figure)
+
+
+def test_chosen_variants_in_the_order_given_and_one_seed_without_a_spread():
+    figure = accuracy_by_epoch(table(a=[0.1], b=[0.2], c=[0.3]), ["c", "a"])
+    assert [line.get_label() for line in figure.axes[0].lines] == ["c: 30.0 %", "a: 10.0 %"]
+    assert "1 seed" in texts(figure) and "seeds" not in texts(figure)
+
+
+def test_signals_are_geometric_means_of_the_seeds_a_line_for_each_block():
+    figure = signals_by_step(table(a=[0.1, 0.1], b=[0.2, 0.2]), ["b", "a"], ("attention", "grad_norm"), last=50)
+    attention, norm = figure.axes[0], figure.axes[2]
+    assert len(figure.axes) == 4 and attention.get_title() == "b"
+    assert len(attention.lines) == 2 and len(norm.lines) == 1
+    assert attention.lines[0].get_xdata().tolist() == [1, 50], "up to the last step asked for"
+    assert np.allclose(attention.lines[0].get_ydata(), [2**0.5, 50 * 2**0.5]), (
+        "seeds 0 and 1 gave 1 and 2 times the step"
+    )
+    assert np.allclose(norm.lines[0].get_ydata(), [0.2, 10])
+    assert attention.get_ylim() == figure.axes[1].get_ylim(), "one scale a row"
+    assert attention.get_ylim()[0] < 2**0.5 and attention.get_ylim()[1] > 50 * 2**0.5
+    assert "attention output / values" in texts(figure) and "norm of all gradients" in texts(figure)
+
+
+def test_what_cannot_be_drawn_is_refused():
+    with pytest.raises(ValueError, match="results hold no runs"):
+        accuracy_by_epoch({"runs": []})
+    with pytest.raises(ValueError, match="variant.*karatt.*karat"):
+        accuracy_by_epoch(table(karat=[0.1]), ["karatt"])
+    with pytest.raises(ValueError, match="signal.*streem"):
+        signals_by_step(table(a=[0.1]), ["a"], ["streem"])
+    with pytest.raises(ValueError, match="not logged up to step 0"):
+        signals_by_step(table(a=[0.1]), ["a"], ["stream"], last=0)
+    without = table(a=[0.1])
+    del without["runs"][0]["steps"]
+    with pytest.raises(ValueError, match="--log-every STEPS --signal"):
+        signals_by_step(without, ["a"])
