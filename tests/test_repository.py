@@ -2,7 +2,9 @@
 
 import ast
 import importlib.metadata
+import json
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from packaging.utils import canonicalize_name
 from PIL import Image
 
 import build
+from karat_lite.train import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
@@ -163,6 +166,22 @@ def test_readme_maps_every_notebook_and_names_real_targets():
 def targets() -> set[str]:
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf8"), flags=re.M)
     return set(phony[1].split())
+
+
+def commands() -> list[tuple[str, str]]:
+    """(file, arguments) of every call of the trainer that a reader or a results file is given."""
+    texts = {path.name: path.read_text(encoding="utf8") for path in (ROOT / "README.md", ROOT / "data" / "README.md")}
+    for path in sorted(ROOT.glob("notebooks/*.ipynb")):
+        texts[path.name] = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+    for path in sorted((ROOT / "data" / "results").glob("*.json")):
+        texts[path.name] = json.loads(path.read_text(encoding="utf8")).get("command", "") + "\n"
+    pattern = re.compile(r"-m karat_lite\.train ([^`\n]*)")
+    return [(name, found) for name, text in texts.items() for found in pattern.findall(text)]
+
+
+@pytest.mark.parametrize("name, arguments", commands())
+def test_commands_that_are_written_down_are_understood(name, arguments):
+    _parser().parse_args(shlex.split(arguments.replace("...", "")))
 
 
 def test_make_help_lists_every_target():
