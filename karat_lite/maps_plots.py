@@ -127,7 +127,7 @@ def deletion_curves(curves: Mapping) -> Figure:
     `analysis.map_quality.deletion_insertion` gives it. The legend says the areas under both curves.
     """
     need_mapping("curves", curves)
-    words = max(1.3, 0.75 + 0.075 * max(map(len, curves)))
+    words = max(1.55, 0.95 + 0.075 * max(map(len, curves)))
     size = ((WIDTH - 1.25 - words) / 2, 2.7)
     figure, panels = sheet(1, 2, size, margins=(0.65, words, 0.55, 0.35), gaps=(0.6, 0))
     areas: dict[str, list[float]] = {name: [] for name in curves}
@@ -169,9 +169,9 @@ def quality_scores(summary: Sequence[Mapping], layer: int | None = None, scores:
     for score in scores:
         one_of("score", score, SCORES)
     left = 0.2 + 0.075 * max(len(MAPS[kind]) for kind in kinds)
-    width = (WIDTH - left - 0.15 - 0.2 * (len(scores) - 1)) / len(scores)
+    width = (WIDTH - left - 0.25 - 0.2 * (len(scores) - 1)) / len(scores)
     height = 0.3 * len(kinds) + 0.15
-    figure, panels = sheet(1, len(scores), (width, height), margins=(left, 0.15, 0.55, 0.4), gaps=(0.2, 0))
+    figure, panels = sheet(1, len(scores), (width, height), margins=(left, 0.25, 0.55, 0.4), gaps=(0.2, 0))
     for axes, score in zip(panels, scores, strict=True):
         for row in rows:
             if score not in row or (row["signs"] == "absolute" and _same(row, rows, score)):
@@ -210,8 +210,8 @@ def quality_by_layer(summary: Sequence[Mapping], score: str = "iou", signs: str 
     kinds = [k for k in MAPS if len({row["layer"] for row in rows if row["map"] == k}) > 1]
     if not kinds:
         raise ValueError(f"the summary holds {score!r} ({signs}) of fewer than two layers: nothing to draw.")
-    width = (WIDTH - 2.85 - 0.25 * (len(attentions) - 1)) / len(attentions)
-    figure, panels = sheet(1, len(attentions), (width, 2.7), margins=(0.65, 2.2, 0.55, 0.35), gaps=(0.25, 0))
+    width = (WIDTH - 3.05 - 0.25 * (len(attentions) - 1)) / len(attentions)
+    figure, panels = sheet(1, len(attentions), (width, 2.7), margins=(0.65, 2.4, 0.55, 0.35), gaps=(0.25, 0))
     for axes, attention in zip(panels, attentions, strict=True):
         axes.sharey(panels[0])
         for i, kind in enumerate(kinds):

@@ -118,7 +118,7 @@ def test_a_push_is_the_slope_of_the_logit_along_the_patchs_values():
 
 
 def test_one_model_in_another_gauge():
-    """(c A, V / c) is the same model, for c < 0 too: raw rows change; what is made of u, and absolute rollout, do not."""
+    """(c A, V / c) is the same model, for c < 0 too: raw rows change; what is made of u, and rollout, do not."""
     model, x = made(), images()
     before = class_token_maps(model, x)
     with torch.no_grad():

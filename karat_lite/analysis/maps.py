@@ -7,7 +7,8 @@ In layer l, head i, the class token takes from token q
 
 and adds the sum over heads and tokens, and W_O's bias, to itself. A alone is known only up to a factor: (c A, V / c) is
 the same model for every c, c < 0 included, when A is KArAt's (scale W, say). Softmax's rows are fixed by their sum of
-one. So only quantities made of u (or of |A| over its row's sum) can be compared between heads, layers and kinds of attention.
+one. So only quantities made of u (or of |A| over its row's sum) can be compared between heads, layers and kinds of
+attention.
 """
 
 from collections.abc import Sequence
@@ -187,8 +188,8 @@ def rollout(maps: Sequence[Tensor], signs: str = "absolute") -> Tensor:
 
     signs: "absolute": A^ is |A|, each row divided by its sum: every head weighs the same, its free factor (see the
         module) drops out, and rows of R are shares of one; but what was subtracted counts as if it had been added.
-        "signed": A^ is A itself, and signs multiply along a path; free factors stay in, so that equal models may differ.
-        R is divided by its largest entry where that is above 1: only ratios count.
+        "signed": A^ is A itself, and signs multiply along a path; free factors stay in, so equal models may differ. R
+        is divided by its largest entry where that is above 1: only ratios count.
     For softmax both are the usual rollout; for KArAt neither is canonical.
     """
     running = _Rollout(one_of("signs", signs, SIGNS))
