@@ -17,6 +17,7 @@ from .canvas import (
     as_array,
     as_picture,
     colour_bar,
+    colour_scale,
     hang,
     label_axes,
     legend,
@@ -117,6 +118,31 @@ def kinds_of_map(image, maps: Mapping[str, Mapping], grid: tuple[int, int]) -> F
     _, bottom, _, _ = places[-1]
     left, top, width, height = places[len(titles)]
     colour_bar(figure, colours, (left, bottom, width, top + height - bottom), "share of the map's largest value")
+    return figure
+
+
+def map_card(image, values, grid: tuple[int, int], title: str, label: str, facts: Mapping[str, str]) -> Figure:
+    """One map large: the image, the map over it with its scale, and a few facts in words; for a dashboard.
+
+    values (n,): patches row by row on `grid` (down, across). Signed maps are white at 0. label: of the scale.
+    """
+    picture, (down, across) = as_picture("image", image), grid
+    values = as_array("values", values, 1)
+    if len(values) != down * across:
+        raise ValueError(f"{len(values)} values do not fill {down} x {across} patches.")
+    figure, axes, (left, right) = wall(1, 2, (2.7, 2.7), margins=(0.05, 3.3, 0.08, 0.32), gaps=(0.08, 0))
+    colours = colour_scale(values, None)
+    grey = 0.3 + 0.7 * (picture @ np.array([0.299, 0.587, 0.114]))[..., None]
+    over = stretch(colours.to_rgba(values.reshape(down, across))[..., :3], grey.shape)
+    hang(axes, picture, left, "image")
+    hang(axes, (1 - GHOST) * over + GHOST * grey, right, title)
+    colour_bar(figure, colours, right, label)
+    width, height = figure.get_size_inches()
+    at = right[0] + right[2] + 1.0 / width
+    for i, (name, said) in enumerate(facts.items()):
+        top = right[1] + right[3] - (0.1 + 0.46 * i) / height
+        axes.text(at, top, name, fontsize=8.5, color="#666666", va="top")
+        axes.text(at, top - 0.16 / height, said, fontsize=10, color=INK, va="top")
     return figure
 
 

@@ -135,6 +135,19 @@ def test_one_model_in_another_gauge():
     assert not torch.allclose(after.signed_rollout, before.signed_rollout, rtol=0.01)
 
 
+def test_scores_may_change_their_sign():
+    """-S with the sines' coefficients negated: the same model, and the opposite picture of scores."""
+    model, x = made(), images()
+    before = class_token_maps(model, x)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[:64] *= -1
+            block.attn.qkv.bias[:64] *= -1
+            block.attn.activation.coef[..., 3:] *= -1
+    after = class_token_maps(model, x)
+    assert torch.allclose(after.logits, before.logits) and torch.allclose(after.scores, -before.scores)
+
+
 def test_kinds_are_picked_from_the_arrays():
     found = class_token_maps(made(), images())
     assert torch.equal(found.dominant, found.head_sizes.argmax(dim=2))

@@ -16,19 +16,21 @@ CURVES = {
 }
 IMAGE, OBJECT = torch.rand(3, 8, 8), torch.zeros(8, 8, dtype=torch.bool)
 OBJECT[2:5, 3:6] = True
+FACTS = {"answer": "star (93 %)", "is a": "star", "mass inside the object": "0.41"}
 
 
 def figures() -> dict[str, Figure]:
     maps = {name: {"scores": torch.randn(16), "size\nadded": torch.rand(16)} for name in ("softmax", "KArAt")}
     return {
         "kinds": maps_plots.kinds_of_map(maps_plots.outlined(IMAGE, OBJECT), maps, (4, 4)),
+        "card": maps_plots.map_card(IMAGE, torch.randn(16), (4, 4), "block 3, dominant head (2)", "weight", FACTS),
         "curves": maps_plots.deletion_curves(CURVES),
         "scores": maps_plots.quality_scores(SUMMARY),
         "layers": maps_plots.quality_by_layer(SUMMARY),
     }
 
 
-@pytest.mark.parametrize("name", ["kinds", "curves", "scores", "layers"])
+@pytest.mark.parametrize("name", ["kinds", "card", "curves", "scores", "layers"])
 def test_figures_are_whole_and_opaque(name):
     figure = figures()[name]
     picture = pixels(figure)
@@ -58,6 +60,19 @@ def test_every_kind_of_map_has_a_scale_of_its_own():
     red, blue, white = small[3, 3], small[3, 5], small[0, 0]
     assert red[0] > red[2] and blue[2] > blue[0] and np.ptp(white) < 0.05
     assert "share of the map's largest value" in texts(figure) and "small" in texts(figure)
+
+
+def test_a_card_shows_the_map_with_its_own_scale_and_all_facts():
+    values = torch.zeros(4)
+    values[1], values[2] = 3.0, -1.5
+    figure = maps_plots.map_card(torch.ones(3, 4, 4), values, (2, 2), "mine", "weight", FACTS)
+    (_, shown), bar = figure.axes[0].images, figure.axes[1]
+    red, blue, white = (shown.get_array()[i] for i in ((0, 3), (3, 0), (0, 0)))
+    assert red[0] > red[2] and blue[2] > blue[0] and np.ptp(white) < 0.05
+    assert bar.get_ylabel() == "weight" and np.allclose(bar.get_ylim(), (-3, 3))
+    assert all(word in texts(figure) for word in [*FACTS, *FACTS.values(), "mine", "image"])
+    positive = maps_plots.map_card(torch.ones(3, 4, 4), values.abs(), (2, 2), "mine", "weight", {})
+    assert positive.axes[1].get_ylim()[0] == 0, "unsigned maps start at 0"
 
 
 def test_curves_are_means_and_their_areas_are_said():
@@ -112,6 +127,10 @@ BAD = {
         "give the same",
     ),
     "values": (lambda: maps_plots.kinds_of_map(IMAGE, {"a": {"x": torch.rand(5)}}, (2, 2)), "do not fill 2 x 2"),
+    "a card's values": (
+        lambda: maps_plots.map_card(IMAGE, [1.0] * 5, (2, 2), "", "", {}),
+        "5 values do not fill 2 x 2",
+    ),
     "points": (
         lambda: maps_plots.deletion_curves({"a": SimpleNamespace(shares=[0, 1], deletion=[1], insertion=[1, 0])}),
         "1 points, its shares 2",

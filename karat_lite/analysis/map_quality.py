@@ -267,6 +267,13 @@ def main(argv: list[str] | None = None) -> None:
     if not files:
         raise FileNotFoundError(f"no run in {args.runs}: expected {args.runs}/RUN/model.safetensors.")
     loaded = [load_checkpoint(file) for file in files]
+    if args.data == "shapes":  # the folder may hold runs on other data, too
+        kept = [(file, one) for file, one in zip(files, loaded, strict=True) if one[1]["data"] == "shapes"]
+        if not kept:
+            raise ValueError(
+                f"no run in {args.runs} was trained on shapes: there are {[f.parent.name for f in files]}."
+            )
+        files, loaded = zip(*kept, strict=True)
     for file, (_, card) in zip(files, loaded, strict=True):
         done, wanted = card["metrics"]["epoch"], card["recipe"]["epochs"]
         if done < wanted:

@@ -7,8 +7,9 @@ In layer l, head i, the class token takes from token q
 
 and adds the sum over heads and tokens, and W_O's bias, to itself. A alone is known only up to a factor: (c A, V / c) is
 the same model for every c, c < 0 included, when A is KArAt's (scale W, say). Softmax's rows are fixed by their sum of
-one. So only quantities made of u (or of |A| over its row's sum) can be compared between heads, layers and kinds of
-attention.
+one. Scores have no free factor, but Fourier units leave their sign: (-S, -b) is the same model as (S, b), b the sines'
+coefficients. So only quantities made of u (or of |A| over its row's sum) can be compared between heads, layers and
+kinds of attention.
 """
 
 from collections.abc import Sequence
