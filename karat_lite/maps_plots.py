@@ -45,6 +45,7 @@ MAPS = {
     "dominant": "activated, dominant head",
     "added": "size added",
     "rollout": "rollout",
+    "direct": "direct pushes",
     "regions": "contributing regions",
     "average": "same for all images",
     "brightness": "brightness",
@@ -168,7 +169,7 @@ def deletion_curves(curves: Mapping) -> Figure:
             axes.plot(100 * x, y, linewidth=2, label=name, **style)
         axes.set_ylim(0, 1.02)
         gone = which == "deletion"
-        title = f"{which}: strongest patches {'go' if gone else 'come'} first"
+        title = f"{which}: strongest {'go' if gone else 'come'} first"
         axes.set_title(title, fontsize=10, color=INK, loc="left")
         label_axes(axes, f"patches {'filled in' if gone else 'shown'} (%)", "probability of the answer" if gone else "")
     named = [f"{name}\n{gone:.3f}, {shown:.3f}" for name, (gone, shown) in areas.items()]
@@ -243,7 +244,7 @@ def quality_by_layer(summary: Sequence[Mapping], score: str = "iou", signs: str 
         for i, kind in enumerate(kinds):
             line = sorted((r["layer"], r[score]) for r in rows if (r["attention"], r["map"]) == (attention, kind))
             x, mean, std = (np.array(v) for v in zip(*((at, s["mean"], s["std"]) for at, s in line), strict=True))
-            style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)])
+            style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[(i + i // len(COLOURS)) % len(LINES)])
             axes.plot(x, mean, linewidth=2, marker="o", markersize=3.5, label=MAPS[kind], **style)
             axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.1, linewidth=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

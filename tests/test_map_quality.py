@@ -296,7 +296,7 @@ def test_the_command_says_what_is_missing(table, tmp_path):
         main(["--runs", str(tmp_path), "--results", str(tmp_path / "x.json")])
     model, card = kl.load_checkpoint(home / "runs" / "shapes_softmax_seed0" / "model.safetensors")
     kl.save_checkpoint(tmp_path / "other" / "model.safetensors", model, {**card, "data": "digits"})
-    with pytest.raises(ValueError, match=r"no run in .* was trained on shapes: there are \['other'\]"):
+    with pytest.raises(ValueError, match=r"no run in .* was trained on shapes: there are other"):
         main(["--runs", str(tmp_path), "--results", str(tmp_path / "x.json")])
     card["metrics"]["epoch"] = 0
     kl.save_checkpoint(tmp_path / "half" / "model.safetensors", model, card)

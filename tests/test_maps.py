@@ -117,6 +117,32 @@ def test_a_push_is_the_slope_of_the_logit_along_the_patchs_values():
     assert torch.allclose(found.pushes[0, -1], slope) and found.target.tolist() == [4]
 
 
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_effects_are_the_slope_of_the_whole_model(name):
+    """A little less of one patch's u behind attention, everything after it computed anew: central differences."""
+    model, x, step = made(name), images(2), 1e-4
+    found = class_token_maps(model, x)
+    h, d = model.blocks[0].attn.num_heads, 64 // model.blocks[0].attn.num_heads
+    _, records, hooked = watched(model, x)
+    for layer, block in enumerate(model.blocks):
+        v = hooked["qkv"][layer][..., 128:].view(2, 17, h, d)
+        w_o = block.attn.proj.weight.view(64, h, d)
+        for q in (1, 9):
+            u = torch.einsum("bh,bhd,Dhd->bD", records[layer].maps[:, :, 0, q], v[:, q], w_o)
+            margins = []
+            for sign in (1, -1):
+                shift = torch.zeros(2, 17, 64).double()
+                shift[:, 0] = sign * step * u
+                hook = block.attn.register_forward_hook(lambda m, given, out, shift=shift: out + shift)
+                logits = model(x)
+                hook.remove()
+                margins.append(logits[range(2), found.target] - logits.mean(dim=1))
+            slope = (margins[0] - margins[1]) / (2 * step)
+            assert torch.allclose(found.effects[:, layer, q - 1], slope, rtol=1e-4, atol=1e-6)
+    assert not model.blocks[0].attn._forward_hooks, "nothing is left behind in the model"
+
+
 def test_one_model_in_another_gauge():
     """(c A, V / c) is the same model, for c < 0 too: raw rows change; what is made of u, and rollout, do not."""
     model, x = made(), images()
@@ -128,7 +154,7 @@ def test_one_model_in_another_gauge():
             block.attn.qkv.bias[2 * 64 + 16 : 2 * 64 + 32] /= -3
     after = class_token_maps(model, x)
     assert torch.allclose(after.maps[:, :, 1], -3 * before.maps[:, :, 1])
-    for same in ("logits", "head_sizes", "added", "pushes", "rest", "rollout"):
+    for same in ("logits", "head_sizes", "added", "pushes", "rest", "effects", "rollout"):
         assert torch.allclose(getattr(after, same), getattr(before, same)), same
     assert torch.equal(after.dominant, before.dominant)
     assert not torch.allclose(after.kind("attention"), before.kind("attention"))
@@ -158,7 +184,8 @@ def test_kinds_are_picked_from_the_arrays():
         "dominant": (picked, picked.abs()),
         "added": (found.added[:, 0], found.added[:, 0]),
         "rollout": (found.signed_rollout[:, 0], found.rollout[:, 0]),
-        "regions": (found.pushes[:, 0], found.pushes[:, 0].abs()),
+        "direct": (found.pushes[:, 0], found.pushes[:, 0].abs()),
+        "regions": (found.effects[:, 0], found.effects[:, 0].abs()),
     }
     assert set(expected) == set(KINDS)
     for kind, pair in expected.items():

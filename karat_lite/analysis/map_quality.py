@@ -270,9 +270,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.data == "shapes":  # the folder may hold runs on other data, too
         kept = [(file, one) for file, one in zip(files, loaded, strict=True) if one[1]["data"] == "shapes"]
         if not kept:
-            raise ValueError(
-                f"no run in {args.runs} was trained on shapes: there are {[f.parent.name for f in files]}."
-            )
+            there = ", ".join(file.parent.name for file in files)
+            raise ValueError(f"no run in {args.runs} was trained on shapes: there are {there}.")
         files, loaded = zip(*kept, strict=True)
     for file, (_, card) in zip(files, loaded, strict=True):
         done, wanted = card["metrics"]["epoch"], card["recipe"]["epochs"]

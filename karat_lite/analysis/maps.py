@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from ..functional import attention_scores
 from ..not_finite import first_not_finite
 from ..vit import VisionTransformer
 
-KINDS = ("scores", "attention", "dominant", "added", "rollout", "regions")
+KINDS = ("scores", "attention", "dominant", "added", "rollout", "direct", "regions")
 SIGNS = ("signed", "absolute")
 AT_ONCE = 1 << 25  # numbers in the largest array, all scores of a layer or u of all layers: 128 MiB
 
@@ -37,18 +38,20 @@ AT_ONCE = 1 << 25  # numbers in the largest array, all scores of a layer or u of
 class ClassTokenMaps:
     """The class token of B images, layer by layer; on the CPU. n patches lie row by row on `grid` (down, across).
 
-    logits (B, classes); target (B,): the class that `pushes` are about.
+    logits (B, classes); target (B,): the class that effects and pushes are about.
     scores, maps (B, L, h, n): the class token's row before and after the activation, without its own entry; own
         (B, L, h): its own entry of the activated row.
     head_sizes (B, L, h): |sum_q u_iq|, the size of what head i adds to the class token; q runs over all tokens.
     added (B, L, n): |sum_i u_iq|, the size of what patch q adds to it through all heads.
     rollout, signed_rollout (B, L, n): see `rollout`, after each layer.
-    pushes (B, L, n): how far patch q pushes the logit of `target` above the mean of all logits. With the last LayerNorm
-        frozen (its mean and standard deviation s taken as they are) that is exact for the direct path from layer l to
-        the head: push_q = sum_i u_iq . (rho - mean rho) / s, rho = gamma * (w_target - mean_c w_c), gamma the norm's
-        weight, w_c the head's rows.
-    rest (B,): what all patches' pushes leave over of logit_target - mean logit: embedding, MLPs, biases, and the class
-        token's own values. What attention does to the answer by way of later layers and MLPs is in there too.
+    effects (B, L, n): u_q . g, u_q = sum_i u_iq, g the gradient, at the class token behind attention of layer l, of the
+        margin: the logit of `target` above the mean of all logits. To first order what patch q does to the answer by
+        way of everything that follows, the MLP of layer l and all later blocks.
+    pushes (B, L, n): the part of it on the direct path from layer l to the head, past all that follows: exact where the
+        last LayerNorm is frozen (its mean and standard deviation s taken as they are). push_q = u_q . (rho - mean rho)
+        / s, rho = gamma * (w_target - mean_c w_c), gamma the norm's weight, w_c the head's rows.
+    rest (B,): what all patches' pushes leave over of the margin: embedding, MLPs, biases, and the class token's own
+        values. What attention does to the answer by way of later layers and MLPs is in there too.
     """
 
     grid: tuple[int, int]
@@ -61,6 +64,7 @@ class ClassTokenMaps:
     added: Tensor
     rollout: Tensor
     signed_rollout: Tensor
+    effects: Tensor
     pushes: Tensor
     rest: Tensor
 
@@ -77,7 +81,7 @@ class ClassTokenMaps:
         """One map an image, (B, n), in which a larger number means "more important".
 
         kind: "scores", "attention": mean over heads, before and after the activation; "dominant": the dominant head's
-            activated row; "added"; "rollout": layers 0 to `layer`; "regions": `pushes` of the layer.
+            activated row; "added"; "rollout": layers 0 to `layer`; "direct": `pushes`; "regions": `effects`.
         signs: "signed" takes values as they are, negative ones last; "absolute" their size (for rollout, see there).
 
         The mean over heads of A is what others report for softmax; for KArAt it adds heads with free factors.
@@ -89,8 +93,8 @@ class ClassTokenMaps:
             return (self.rollout if absolute else self.signed_rollout)[:, layer]
         if kind == "dominant":
             values = self.maps[torch.arange(len(self.maps)), layer, self.dominant[:, layer]]
-        elif kind in ("added", "regions"):
-            values = (self.added if kind == "added" else self.pushes)[:, layer]
+        elif kind in ("added", "direct", "regions"):
+            values = {"added": self.added, "direct": self.pushes, "regions": self.effects}[kind][:, layer]
         else:
             each = (self.scores if kind == "scores" else self.maps)[:, layer]  # (B, h, n)
             return (each.abs() if absolute else each).mean(dim=1)
@@ -115,7 +119,7 @@ def class_token_maps(
 
     Args:
         images: (B, in_chans, H, W) in [-1, 1], as datasets and `picture` give them.
-        target: (B,) class that pushes are about; by default the class that the model predicts.
+        target: (B,) class that effects and pushes are about; by default the class that the model predicts.
         batch_size: images at a time, at most; fewer where the model is large.
 
     Raises `ValueError` for images of another size or not finite, a target that is no class, and weights that are not
@@ -173,12 +177,34 @@ def _look(model: VisionTransformer, images: Tensor, target: Tensor | None) -> Cl
     rho = model.norm.weight * (model.head.weight[target] - model.head.weight.mean(dim=0))  # (B, D)
     rho = (rho - rho.mean(dim=-1, keepdim=True)) / std.unsqueeze(-1)
     pushes = torch.stack([einsum(u, rho, "B q D, B D -> B q") for u in taken], dim=1)
-    above = logits.gather(1, target[:, None])[:, 0] - logits.mean(dim=-1)
+    effects = [einsum(u, g, "B q D, B D -> B q") for u, g in zip(taken, _gradients(model, images, target), strict=True)]
     side = model.img_size // model.patch_size
     arrays = {key: torch.stack(values, dim=1) for key, values in found.items()}
-    arrays |= {"rollout": roll["absolute"].rows(), "signed_rollout": roll["signed"].rows(), "pushes": pushes}
-    arrays |= {"logits": logits, "target": target, "rest": above - pushes.sum(dim=(1, 2))}
+    arrays |= {"rollout": roll["absolute"].rows(), "signed_rollout": roll["signed"].rows()}
+    arrays |= {"effects": torch.stack(effects, dim=1), "pushes": pushes, "logits": logits, "target": target}
+    arrays["rest"] = _margin(logits, target) - pushes.sum(dim=(1, 2))
     return ClassTokenMaps((side, side), **{key: values.cpu() for key, values in arrays.items()})
+
+
+def _margin(logits: Tensor, target: Tensor) -> Tensor:
+    """The logit of `target` above the mean of all: softmax ignores what they share. (B, classes), (B,) -> (B,)."""
+    return logits.gather(1, target[:, None])[:, 0] - logits.mean(dim=-1)
+
+
+def _gradients(model: VisionTransformer, images: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """For each layer the margin's gradient at the class token behind attention, (B, D)."""
+    zeros = [images.new_zeros(len(images), model.pos_embed.shape[-1], requires_grad=True) for _ in model.blocks]
+
+    def add(zero):
+        return lambda module, given, out: out + F.pad(zero.unsqueeze(1), (0, 0, 0, out.shape[1] - 1))
+
+    hooks = [block.attn.register_forward_hook(add(zero)) for block, zero in zip(model.blocks, zeros, strict=True)]
+    try:
+        with torch.enable_grad():
+            return torch.autograd.grad(_margin(model(images), target).sum(), zeros)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def rollout(maps: Sequence[Tensor], signs: str = "absolute") -> Tensor:
