@@ -181,14 +181,14 @@ def deletion_curves(curves: Mapping) -> Figure:
 def quality_scores(summary: Sequence[Mapping], layer: int | None = None, scores: Sequence[str] | None = None) -> Figure:
     """Every score a panel, every kind of map and baseline a line; a mark for each attention: mean, spread over seeds.
 
-    summary: that of a results file of `analysis.map_quality`. layer: the last one by default. Filled marks take values
-    as they are, hollow ones their size; hollow marks are left out where that is the same. The arrow on an axis shows
-    where better is.
+    summary: that of a results file of `analysis.map_quality`. layer: the last one by default; scores: names in
+    `SCORES`, by default up to five that are there. Filled marks take values as they are, hollow ones their size; these
+    are left out where that is the same. The arrow on an axis shows where better is.
     """
     rows = _of(summary)
     layer = max(row["layer"] for row in rows) if layer is None else layer
     rows = [row for row in rows if row["layer"] == layer]
-    scores = [s for s in SCORES if any(s in row for row in rows)] if scores is None else list(scores)
+    scores = [s for s in SCORES if any(s in row for row in rows)][:5] if scores is None else list(scores)
     kinds = [kind for kind in MAPS if any(row["map"] == kind for row in rows)]
     attentions = list(dict.fromkeys(row["attention"] for row in rows))
     if not kinds or not scores:

@@ -166,7 +166,7 @@ def test_all_scores_of_one_kind_are_the_means_of_its_parts():
     torch.manual_seed(0)
     model = kl.create_model("vit_pico", img_size=16, patch_size=4, depth=2).eval()
     found = mq.map_quality(model, data, "regions", layer=0, signs="absolute", steps=3, fill="blur")
-    maps = class_token_maps(model, normalise(data.images)).pushes[:, 0].abs()
+    maps = class_token_maps(model, normalise(data.images)).effects[:, 0].abs()
     parts = [*on_object(maps, data.masks, (4, 4))]
     parts += deletion_insertion(model, normalise(data.images), maps, 3, "blur").areas()
     assert list(found.values()) == pytest.approx([part.mean().item() for part in parts])
@@ -248,12 +248,12 @@ def test_the_command_scores_every_run(table):
     assert results["command"].startswith("python -m karat_lite.analysis.map_quality --runs") and results["machine"]
     assert results["data"]["images"] == 8 and results["data"]["img_size"] == 16 and results["steps"] == 2
     assert [(run["attention"], run["seed"]) for run in results["runs"]] == [
-        ("karat", 0), ("karat", 1), ("softmax", 0), ("softmax", 1)
+        ("softmax", 0), ("softmax", 1), ("karat", 0), ("karat", 1)
     ]  # fmt: skip
     data = load_masked("shapes", 16, 8)
     assert results["data"]["object_share"] == pytest.approx(data.masks.float().mean().item())
     model, _ = kl.load_checkpoint(home / "runs" / "shapes_karat_seed1" / "model.safetensors")
-    rows = results["runs"][1]["rows"]
+    rows = results["runs"][3]["rows"]
     assert len(rows) == len(KINDS) * 2 * 2 + len(BASELINES)
     for kind, layer, signs in (("dominant", 1, "absolute"), ("added", 0, "signed"), ("random", 1, "signed")):
         (row,) = [r for r in rows if (r["map"], r["layer"], r["signs"]) == (kind, layer, signs)]
@@ -272,7 +272,7 @@ def test_the_summary_is_mean_and_spread_over_seeds(table):
     which = dict(attention="karat", map="regions", layer=1, signs="absolute")
     (line,) = [row for row in results["summary"] if which.items() <= row.items()]
     values = []
-    for run in results["runs"][:2]:
+    for run in results["runs"][2:]:
         values += [r["insertion_mean"] for r in run["rows"] if {**which, **r, "attention": "karat"} == {**r, **which}]
     assert len(values) == line["seeds"] == 2
     assert line["insertion_mean"] == pytest.approx({"mean": np.mean(values), "std": np.std(values, ddof=1)})
@@ -283,7 +283,7 @@ def test_the_summary_is_mean_and_spread_over_seeds(table):
 
 def test_where_nothing_is_negative_signs_change_nothing(table):
     _, results = table
-    rows = {(row["map"], row["layer"], row["signs"]): row for row in results["runs"][2]["rows"]}
+    rows = {(row["map"], row["layer"], row["signs"]): row for row in results["runs"][0]["rows"]}
     for kind in ("attention", "dominant", "added", "rollout"):
         signed, absolute = ({**rows[kind, 1, signs], "signs": ""} for signs in ("signed", "absolute"))
         assert signed == absolute, kind

@@ -287,6 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         print(run["run"], {name: f"{run['rows'][-1][name]:.3f}" for name in ON_OBJECT}, "ceiling")
     about = {"name": data.name, "images": len(data.images), "img_size": data.images.shape[-1]}
     about["object_share"] = data.masks.double().mean().item()
+    runs.sort(key=lambda run: (run["attention"] != "softmax", run["attention"], run["seed"]))
     results = {"command": command, "machine": machine(), "data": about, "steps": args.steps, "fills": args.fill}
     results |= {"summary": summarise(runs), "runs": runs}
     args.results.parent.mkdir(parents=True, exist_ok=True)
