@@ -183,7 +183,8 @@ def folder(path, count=3, size=(20, 16)):
     for i in range(count):
         pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
         mask = np.zeros((size[1], size[0]), dtype=np.uint8)
-        mask[4:10, 4 + i : 12 + i] = 255
+        mask[:] = 100  # darker than half
+        mask[4:10, 4 + i : 12 + i] = 160
         name = f"more/{i}" if i == 0 else f"{i}"
         Image.fromarray(pixels).save(path / "images" / f"{name}.jpg")
         Image.fromarray(mask).save(path / "masks" / f"{name}.png")
@@ -239,7 +240,7 @@ def table(tmp_path_factory):
         patch.setattr("karat_lite.data.SHAPES_SIZE", {"train": 64, "test": 32})
         train([*words.split(), "--device", "cpu", "--out", str(home / "runs")])
     out = home / "results" / "quality.json"
-    main(f"--runs {home / 'runs'} --limit 8 --steps 2 --results {out}".split())
+    main(f"--runs {home / 'runs'} --limit 8 --steps 2 --fill mean blur --results {out}".split())
     return home, json.loads(out.read_text())
 
 

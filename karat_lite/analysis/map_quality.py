@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", default="shapes", help="shapes, or a folder with images/ and masks/")
     add("--limit", type=int, default=500, help="images")
     add("--steps", type=int, default=8, help="of deletion and insertion")
-    add("--fill", nargs="+", default=list(FILLS), choices=FILLS, help="what stands where a patch is gone")
+    add("--fill", nargs="+", default=["mean"], choices=FILLS, help="what stands where a patch is gone")
     add("--results", type=Path, required=True, help="JSON file")
     args = parser.parse_args(argv)
     command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
