@@ -37,7 +37,7 @@ def singular_values(
                 raise ValueError(f"singular values of {name!r}: a matrix of zeros has no s_1 to divide by.")
             found[title][name] = bands(s / s[..., :1] if relative else s, share)
     figure, axes = sheet(
-        1, len(panels), (_across(len(panels), 0.75), 2.9), margins=(0.75, 0.1, 0.55, 0.35), gaps=(0.75, 0)
+        1, len(panels), (_across(len(panels), 0.75), 2.45), margins=(0.75, 0.1, 0.55, 0.35), gaps=(0.75, 0)
     )
     names = list(dict.fromkeys(name for lines in found.values() for name in lines))
     for panel, (title, lines) in zip(axes, found.items(), strict=True):
@@ -62,7 +62,7 @@ def ranks_by_layer(panels: Mapping[str, Mapping[str, Mapping]], limits: Mapping[
     """
     need_mapping("panels", panels)
     figure, axes = sheet(
-        1, len(panels), (_across(len(panels), 0.6), 2.7), margins=(0.6, 0.1, 0.55, 0.75), gaps=(0.6, 0)
+        1, len(panels), (_across(len(panels), 0.6), 2.4), margins=(0.6, 0.1, 0.55, 0.75), gaps=(0.6, 0)
     )
     models = list(dict.fromkeys(model for lines in panels.values() for model in lines))
     for panel, (title, lines) in zip(axes, panels.items(), strict=True):
@@ -105,7 +105,7 @@ def ridges(panels: Mapping[str, Histograms], steps: Sequence[int], columns: int 
             raise ValueError(f"{kind!r} has {len(found.density)} snapshots, but there are {len(steps)} steps.")
     columns = min(at_least("columns", columns, 1), len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = sheet(rows, columns, ((WIDTH - 0.75 - 0.12 * columns) / columns, 2.3),
+    figure, axes = sheet(rows, columns, ((WIDTH - 0.75 - 0.12 * columns) / max(columns, 4), 2.3),
                          margins=(0.65, 0.1, 0.55, 0.3), gaps=(0.12, 0.65))  # fmt: skip
     times, tallest = len(steps), max(1.6, len(steps) / 4)  # ridges overlap where there are many
     for i, panel in enumerate(axes):
@@ -117,9 +117,7 @@ def ridges(panels: Mapping[str, Histograms], steps: Sequence[int], columns: int 
         heights = found.density / found.density.max() * tallest
         for t in reversed(range(times)):
             colour = _time_colour(t, times)
-            panel.fill_between(
-                middles, t, t + heights[t], color=colour, alpha=0.75, linewidth=0, zorder=2 * (times - t)
-            )
+            panel.fill_between(middles, t, t + heights[t], color=colour, linewidth=0, zorder=2 * (times - t))
             panel.plot(middles, t + heights[t], color="white", linewidth=0.7, zorder=2 * (times - t) + 1)
         panel.set_title(kind, fontsize=10, color=INK, loc="left")
         panel.set(xlim=(found.edges[0], found.edges[-1]), ylim=(-0.5, times - 1 + 1.03 * tallest))
@@ -141,7 +139,7 @@ def tails(
     need_mapping("panels", panels)
     columns = min(at_least("columns", columns, 1), len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = sheet(rows, columns, ((WIDTH - 0.8 - 0.12 * columns) / columns, 1.9),
+    figure, axes = sheet(rows, columns, ((WIDTH - 0.8 - 0.12 * columns) / max(columns, 4), 1.9),
                          margins=(0.7, 0.1, 0.55, 0.6), gaps=(0.12, 0.65))  # fmt: skip
     edges = np.linspace(-8, 8, 65)
     middles = (edges[:-1] + edges[1:]) / 2
@@ -182,7 +180,7 @@ def over_training(steps: Sequence[int], panels: Mapping[str, Mapping[str, np.nda
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     beside = 0.75 + 0.075 * max(map(len, names))
     width = (WIDTH - 0.6 - beside - 0.7 * (len(panels) - 1)) / len(panels)
-    figure, axes = sheet(1, len(panels), (width, 2.9), margins=(0.65, beside, 0.55, 0.12), gaps=(0.7, 0))
+    figure, axes = sheet(1, len(panels), (width, 2.45), margins=(0.65, beside, 0.55, 0.12), gaps=(0.7, 0))
     for panel, (label, lines) in zip(axes, panels.items(), strict=True):
         need_mapping(f"panel {label!r}", lines)
         for name, values in lines.items():
@@ -225,14 +223,14 @@ def head_through_training(
     if any(len(s) != T for s in sides.values()):
         raise ValueError(f"singular values of {[len(s) for s in sides.values()]} snapshots, but {T} steps.")
     figure, ((values, ranks), (density, kurtosis)) = _two_by_two()
-    for i, (side, s) in enumerate(sides.items(), start=2):
+    for i, line, (side, s) in zip((2, 3), (1, 0), sides.items(), strict=True):  # as in ranks_by_layer: dashed, solid
         scaled = s / np.maximum(s[..., :1], np.finfo(float).tiny)
         values.plot(range(1, s.shape[-1] + 1), bands(scaled[0]).mean, color=COLOURS[i], linewidth=0.9, alpha=0.55)
-        _band(values, bands(scaled[snapshot]), i, side)
+        _band(values, bands(scaled[snapshot]), i, side, line)
         each = effective_rank(s)  # (T, B)
         low, high = np.quantile(each, (0.05, 0.95), axis=1)
         ranks.fill_between(steps, low, high, color=COLOURS[i], alpha=0.2, linewidth=0)
-        ranks.plot(steps, each.mean(axis=1), color=COLOURS[i], linestyle=LINES[i], linewidth=1.8, label=side)
+        ranks.plot(steps, each.mean(axis=1), color=COLOURS[i], linestyle=LINES[line], linewidth=1.8, label=side)
         ranks.plot(steps[snapshot], each[snapshot].mean(), "o", color=COLOURS[i], markersize=7, markeredgecolor="white")
     values.set(yscale="log", ylim=(1e-5, 2), xlim=(0, sides["before"].shape[-1] + 1))
     _limits(values, limits)
@@ -269,20 +267,21 @@ def head_through_training(
 
 
 def _two_by_two():
-    figure, axes = sheet(2, 2, ((WIDTH - 1.6) / 2, 2.1), margins=(0.75, 0.1, 0.55, 0.3), gaps=(0.75, 0.85))
+    figure, axes = sheet(2, 2, ((WIDTH - 2.2) / 2, 1.75), margins=(0.75, 0.1, 0.55, 0.3), gaps=(0.75, 0.8))
     return figure, (axes[:2], axes[2:])
 
 
 def _across(count: int, gap: float) -> float:
     """Inches of each of `count` panels in a full-width figure."""
-    return (min(WIDTH, 4.6 * count + 0.5) - 0.85 - gap * (count - 1)) / count
+    return (min(WIDTH, 4.2 * count + 0.5) - 0.85 - gap * (count - 1)) / count
 
 
-def _band(panel, band: Bands, i: int, name: str) -> None:
+def _band(panel, band: Bands, i: int, name: str, line: int | None = None) -> None:
+    line = i if line is None else line
     index = np.arange(1, len(band.mean) + 1)
     panel.fill_between(index, band.low, band.high, color=COLOURS[i % len(COLOURS)], alpha=0.2, linewidth=0)
     panel.plot(
-        index, band.mean, color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)], linewidth=2, label=name
+        index, band.mean, color=COLOURS[i % len(COLOURS)], linestyle=LINES[line % len(LINES)], linewidth=2, label=name
     )
 
 
