@@ -61,9 +61,7 @@ def ranks_by_layer(panels: Mapping[str, Mapping[str, Mapping]], limits: Mapping[
     panels.
     """
     need_mapping("panels", panels)
-    figure, axes = sheet(
-        1, len(panels), (_across(len(panels), 0.6), 2.4), margins=(0.6, 0.1, 0.55, 0.75), gaps=(0.6, 0)
-    )
+    figure, axes = sheet(1, len(panels), (_across(len(panels), 0.6), 2.4), margins=(0.6, 0.1, 0.55, 0.8), gaps=(0.6, 0))
     models = list(dict.fromkeys(model for lines in panels.values() for model in lines))
     for panel, (title, lines) in zip(axes, panels.items(), strict=True):
         need_mapping(f"panel {title!r}", lines)
@@ -89,7 +87,15 @@ def ranks_by_layer(panels: Mapping[str, Mapping[str, Mapping]], limits: Mapping[
         panel.set_title(title, fontsize=10, color=INK, loc="left")
         label_axes(panel, "layer", "")
     handles = axes[0].get_legend_handles_labels()
-    shown = dict(loc="upper center", ncols=len(handles[1]), frameon=False, fontsize=9, labelcolor=INK, handlelength=3.2)
+    # In two lines where one would not fit.
+    shown = dict(
+        loc="upper center",
+        ncols=4 if len(panels) > 1 else 2,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        handlelength=3.2,
+    )
     figure.legend(*handles, **shown)
     return figure
 

@@ -47,6 +47,7 @@ SCENES = {
         {"after": {"r = 4": 4, "d = 6": 6}},
     ),
     "ranks_by_layer": lambda: plots.ranks_by_layer({"effective rank": ranks(3, 4), "99 %": ranks(3, 4)}, {"r": 7}),
+    "ranks in one panel": lambda: plots.ranks_by_layer({"effective rank": {"Fourier-KArAt": ranks(3, 4)["softmax"]}}),
     "ridges": lambda: plots.ridges({f"kind {i}": weight_histograms(values(i)) for i in range(5)}, STEPS, columns=3),
     "tails": lambda: plots.tails({f"kind {i}": values(i)[[0, 2, 4]] for i in range(3)}, columns=2),
     "over_training": lambda: plots.over_training(
