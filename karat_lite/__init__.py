@@ -8,7 +8,14 @@ so they load when first named; downloads and named_data, with torchvision, when 
 import importlib
 
 from . import checkpoints, data, edge_bases, functional, recipes, training
-from .attention import AttentionRecord, HybridActivation, KArAttention, MultiHeadAttention, SoftmaxActivation
+from .attention import (
+    AttentionRecord,
+    HybridActivation,
+    KArAttention,
+    MultiHeadAttention,
+    SoftmaxActivation,
+    StaticMixer,
+)
 from .bases import Basis, LinearBasis, available_bases, make_basis, register_basis
 from .checkpoints import available_checkpoints, load_checkpoint, save_checkpoint
 from .data import load_dataset
@@ -25,10 +32,10 @@ __version__ = "0.1.0"
 _LAZY = ("notebook", "plots", "widgets")
 __all__ = [
     "AttentionRecord", "Basis", "EdgeBasis", "Fourier", "History", "HybridActivation", "KArAtOperator", "KArAttention",
-    "LinearBasis", "MultiHeadAttention", "RECIPES", "Recipe", "SoftmaxActivation", "Trajectory", "VisionTransformer",
-    "available_bases", "available_checkpoints", "checkpoints", "create_model", "data", "edge_bases", "evaluate",
-    "functional", "load_checkpoint", "load_dataset", "load_timm_weights", "load_trajectory", "make_basis", "recipes",
-    "register_basis", "resize", "save_checkpoint", "training", *_LAZY,
+    "LinearBasis", "MultiHeadAttention", "RECIPES", "Recipe", "SoftmaxActivation", "StaticMixer", "Trajectory",
+    "VisionTransformer", "available_bases", "available_checkpoints", "checkpoints", "create_model", "data",
+    "edge_bases", "evaluate", "functional", "load_checkpoint", "load_dataset", "load_timm_weights", "load_trajectory",
+    "make_basis", "recipes", "register_basis", "resize", "save_checkpoint", "training", *_LAZY,
 ]  # fmt: skip
 
 

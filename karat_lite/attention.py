@@ -74,6 +74,40 @@ class HybridActivation(nn.Module):
         return (self.softmax, self.softmax_heads), (self.operator, self.learned_heads)
 
 
+class StaticMixer(nn.Module):
+    """Attention that never looks: each head mixes tokens by a matrix of its own, learned and the same for every image.
+
+        A_kn = M_kn    each query k has a row of its own: any mixing by position alone             shared=False
+        A_kn = m_n     all queries share one row: what a KArAt operator is where all scores are 0  shared=True
+
+    The yardstick for what an operator learns from scores (06_learned_functions). It has h N^2 numbers, or h N, drawn
+    with variance 1 / N: the output starts with the variance of the values. Queries and keys are computed and not used:
+    their 2 dim (dim + 1) parameters a layer get the gradient 0 (not None: DDP refuses unused parameters).
+    """
+
+    def __init__(self, num_heads: int, num_tokens: int, shared: bool = False):
+        super().__init__()
+        self.num_heads, self.num_tokens = at_least("num_heads", num_heads, 1), at_least("num_tokens", num_tokens, 1)
+        self.mix = nn.Parameter(torch.randn(num_heads, 1 if shared else num_tokens, num_tokens) * num_tokens**-0.5)
+
+    def activate(self, scores: Tensor) -> Tensor:
+        """The matrices of all heads, whatever the scores (B, h, N, N): (B, h, N, N)."""
+        self._check_tokens(scores)
+        return self.mix.expand(scores.shape)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """v (B, h, N, d) -> (B, h, N, d); q and k play no part."""
+        self._check_tokens(v)
+        return (self.mix @ v).expand(v.shape)
+
+    def _check_tokens(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1:3] != (self.num_heads, self.num_tokens):
+            raise ValueError(
+                f"this mixer was built for {self.num_heads} heads and {self.num_tokens} tokens, got shape "
+                f"{tuple(x.shape)}. Build the model with the img_size and patch_size of your images."
+            )
+
+
 def check_heads(num_heads: int, heads: Sequence[int]) -> list[int]:
     """The given head indices, sorted; `ValueError` for one that is not there or given twice."""
     heads = [at_least("head index", head, 0) for head in heads]

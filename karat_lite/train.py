@@ -32,7 +32,7 @@ from .operators import INITS, ORDERS
 from .processes import pick_device
 from .recipes import PRECISIONS, RECIPES, Recipe, make_recipe
 from .training import train
-from .vit import ATTENTIONS, MODES, SIZES, create_model, resize
+from .vit import ATTENTIONS, LEARNED, MODES, SIZES, create_model, resize
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -140,7 +140,7 @@ def _variants(args) -> dict[str, dict]:
         for depth, basis, order, mode, rank, init in itertools.product(*lists):
             body = {} if depth is None else {"depth": depth}
             words = [f"depth {depth}"] * ("depth" in several)
-            if attention == "softmax":
+            if attention not in LEARNED:
                 found[" ".join([attention, *words])] = dict(attention=attention, **body)
                 continue
             options = dict(attention=attention, basis=basis, base=args.base, simplex=args.simplex, **body)

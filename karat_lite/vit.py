@@ -9,7 +9,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .attention import HybridActivation, MultiHeadAttention, check_heads
+from .attention import HybridActivation, MultiHeadAttention, StaticMixer, check_heads
 from .bases import Basis, make_basis
 from .checks import at_least, divides, one_of
 from .operators import KArAtOperator
@@ -25,7 +25,8 @@ SIZES = {
     "vit_base": dict(dim=768, depth=12, num_heads=12, pos_std=0.02),
 }
 OVERRIDES = ("dim", "depth", "num_heads", "in_chans")
-ATTENTIONS = ("softmax", "karat", "hybrid")
+ATTENTIONS = ("softmax", "karat", "hybrid", "static", "pooled")
+LEARNED = ("karat", "hybrid")  # those with KArAt operators
 MODES = ("blockwise", "universal")
 
 
@@ -165,8 +166,9 @@ def create_model(
 
     Args:
         name: "vit_pico" | "vit_tiny" | "vit_small" | "vit_base".
-        attention: "karat" | "softmax" | "hybrid". A softmax model has no operator, so the operator's arguments play no
-            part in it: twins are built by two calls that differ in this word alone.
+        attention: "karat" | "softmax" | "hybrid", or a `StaticMixer`, with rows of their own for all queries ("static")
+            or one for all of them ("pooled"). All but "karat" and "hybrid" have no operator, so the operator's
+            arguments play no part in them: twins are built by two calls that differ in this word alone.
         mode: "blockwise", every block has its own h operators (the paper's GnB), or "universal", all share h (GnU).
         grid, rank, basis, init, edge_scales, order, base, simplex, basis_options: see `KArAtOperator`; rank=None is
             full rank.
@@ -192,7 +194,11 @@ def create_model(
     )
     model.config.update(overrides)
     softmax = _softmax_parts(attention, softmax_heads, softmax_layers, size["num_heads"], size["depth"])
-    if attention != "softmax":
+    if attention in ("static", "pooled"):
+        for block in model.blocks:
+            mixer = StaticMixer(size["num_heads"], model.pos_embed.shape[1], shared=attention == "pooled")
+            block.attn.activation = mixer
+    if attention in LEARNED:
         options = dict(order=order, base=base, simplex=simplex, basis_options=basis_options)
         args = dict(basis=basis, grid=grid, rank=rank, init=init, edge_scales=edge_scales, **options)
         operators = _put_operators(model, args, mode, *softmax)
@@ -240,8 +246,11 @@ def resize(model: VisionTransformer, img_size: int) -> VisionTransformer:
     """The same model for images of another size: positions and operators are interpolated to the new token grid.
 
     Nothing is trained. At equal size all numbers stay the same. The patch size stays, so N changes; sums over tokens
-    keep their size (`KArAtOperator.resized`). Raises `ValueError` where the image cannot be cut, and see there.
+    keep their size (`KArAtOperator.resized`). Raises `ValueError` where the image cannot be cut, for static mixers,
+    and see there.
     """
+    if any(isinstance(block.attn.activation, StaticMixer) for block in model.blocks):
+        raise ValueError("a static mixer is bound to its tokens and is not resized: train one at the new size.")
     new = create_model(**{**model.config, "img_size": img_size})
     side = img_size // model.patch_size
     moved = {id(operator): operator.resized(side) for operator in model.operators()}

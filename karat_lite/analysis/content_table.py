@@ -1,0 +1,123 @@
+"""Content against static mixing over several seeds: trained models judged under every change of their scores.
+
+python -m karat_lite.train --data shapes --epochs 20 --attention softmax karat static pooled --seeds 0 1 2 \\
+    --snapshots 20 --out runs --resume
+python -m karat_lite.analysis.content_table --runs runs --data shapes --results data/results/shapes_content.json
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoints import load_checkpoint, write_whole
+from ..data import load_dataset
+from ..trajectory import FILE, load_trajectory
+from .content import CHANGES, ablate, map_shares, through_training
+from .cost import machine
+
+COURSE = 500  # test images on which every snapshot of a training is judged
+
+
+def tabulate(runs: Path, data: str, limit: int | None = None, calibrate: int = 500, say: Callable = print) -> dict:
+    """What `main` writes, from the folders <data>_<name>_seed<k> that `karat_lite.train --out runs` made.
+
+    limit: test images (None: all); calibrate: training images for "mean over images". The course of a training comes
+    from the first seed whose folder holds a trajectory. Raises `FileNotFoundError` where there is no such folder.
+    """
+    folders = sorted(path.parent for path in Path(runs).glob(f"{data}_*_seed*/model.safetensors"))
+    if not folders:
+        raise FileNotFoundError(
+            f"no {data}_<attention>_seed<k>/model.safetensors in {runs}: train some with python -m karat_lite.train "
+            f"--data {data} --attention softmax karat static pooled --seeds 0 1 2 --snapshots 20 --out {runs}."
+        )
+    found: dict[str, list] = {}
+    courses, sets = {}, {}
+    for folder in folders:
+        say(folder.name)
+        name = folder.name[len(data) + 1 :].rpartition("_seed")[0]
+        model, card = load_checkpoint(folder / "model.safetensors")
+        size = model.img_size
+        if size not in sets:
+            test = load_dataset(card["data"], "test", img_size=size, limit=limit)[:]
+            sets[size] = *test, load_dataset(card["data"], "train", img_size=size)[:calibrate][0]
+        images, labels, calibration = sets[size]
+        found.setdefault(name, []).append(_judge(model, images, labels, calibration) | {"seed": card["seed"]})
+        if name not in courses and (folder / FILE).is_file():
+            course = through_training(
+                load_trajectory(folder / FILE), images[:COURSE], labels[:COURSE], calibration=calibration
+            )
+            courses[name] = {"seed": card["seed"], "images": len(images[:COURSE]), "steps": course.steps.tolist()}
+            courses[name] |= {"accuracy": {change: _plain(values) for change, values in course.accuracy.items()}}
+    size, (images, _, calibration) = next(iter(sets.items()))
+    about = {"name": data, "test": len(images), "calibration": len(calibration), "img_size": size}
+    table = {name: _over_seeds(each) for name, each in found.items()}
+    return {"machine": machine(), "data": about, "table": table, "training": courses}
+
+
+def _judge(model, images, labels, calibration) -> dict:
+    """One model: change -> accuracy and loss in all layers, change -> accuracies layer by layer, shares of its maps."""
+    whole = ablate(model, images, labels, calibration=calibration)
+    real = [change for change in CHANGES if change != "as they are"]
+    single = ablate(model, images, labels, real, "layers", calibration=calibration)
+    return {
+        "accuracy": {line.change: line.accuracy for line in whole},
+        "loss": {line.change: line.loss for line in whole},
+        "layers": {change: [line.accuracy for line in single if line.change == change] for change in real},
+        "shares": map_shares(model, images[: len(calibration)]).mean(axis=1),  # (L, 3), heads averaged
+    }
+
+
+def _over_seeds(each: list[dict]) -> dict:
+    """Mean and spread (standard deviation over seeds, n - 1) of everything that `_judge` found."""
+
+    def spread(values: list) -> dict:
+        values = np.array(values, dtype=float)
+        std = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
+        return {"mean": _plain(values.mean(axis=0)), "std": _plain(std)}
+
+    changes = {
+        change: {
+            "accuracy": spread([run["accuracy"][change] for run in each]),
+            "loss": spread([run["loss"][change] for run in each]),
+            "accuracies": _plain([run["accuracy"][change] for run in each]),
+        }
+        for change in CHANGES
+    }
+    layers = {change: spread([run["layers"][change] for run in each]) for change in each[0]["layers"]}
+    shares = spread([run["shares"] for run in each])
+    return {"seeds": [run["seed"] for run in each], "changes": changes, "layers": layers, "map shares": shares}
+
+
+def _plain(values):
+    return np.round(np.asarray(values, dtype=float), 5).tolist()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Judge trained models of several seeds under every change of scores, and write mean and spread down."""
+    parser = argparse.ArgumentParser(
+        prog="python -m karat_lite.analysis.content_table", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs that karat_lite.train --out wrote")
+    parser.add_argument("--data", default="shapes", help="the data set in the names of the runs")
+    parser.add_argument("--limit", type=int, help="use this many test images (default: all)")
+    parser.add_argument("--calibrate", type=int, default=500, help="training images for the mean over images")
+    parser.add_argument("--results", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args(argv)
+    words = shlex.join(sys.argv[1:] if argv is None else argv)
+    results = {"command": f"python -m karat_lite.analysis.content_table {words}"}
+    results |= tabulate(args.runs, args.data, args.limit, args.calibrate)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(args.results, lambda temporary: temporary.write_text(json.dumps(results, indent=1) + "\n"))
+    for name, lines in results["table"].items():
+        for change, line in lines["changes"].items():
+            print(f"{name:8s} {change:18s} {line['accuracy']['mean']:7.2%} +- {line['accuracy']['std']:.2%}")
+    print(f"written: {args.results}")
+
+
+if __name__ == "__main__":
+    main()

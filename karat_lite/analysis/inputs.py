@@ -1,0 +1,49 @@
+"""What analyses ask of a model's images, in one place: each failure says what was given, expected, and what to do."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..checks import at_least
+from ..not_finite import first_not_finite
+from ..vit import VisionTransformer
+
+
+def checked(model: VisionTransformer, images: Tensor, labels: Tensor | None = None, least: int = 1) -> None:
+    """Raise `ValueError` unless images (n, 3, H, W) fit the model in size and range, n >= least, and labels fit them.
+
+    Labels: (n,) whole numbers, one class of the model each.
+    """
+    model._check_images(images)
+    if len(images) < least:
+        raise ValueError(f"expected at least {least} image{'s' * (least > 1)}, got {len(images)}.")
+    low, high = images.min().item(), images.max().item()
+    if low < -1.001 or high > 1.001:
+        raise ValueError(
+            f"images lie in [-1, 1], as load_dataset gives them, got {low:.3g} .. {high:.3g}: "
+            "karat_lite.data.normalise brings bytes there."
+        )
+    if labels is not None:
+        classes = model.head.out_features
+        if tuple(labels.shape) != (len(images),) or labels.is_floating_point():
+            raise ValueError(f"labels must be {len(images)} whole numbers, one for each image, got {labels}.")
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"labels lie in 0 .. {classes - 1}, got {labels.min()} .. {labels.max()}.")
+
+
+def parts(images: Tensor, most: int) -> Iterator[Tensor]:
+    """Images in batches of nearly equal size, at most `most` each: none is left alone at the end."""
+    return iter(images.tensor_split(-(-len(images) // at_least("batch_size", most, 1))))
+
+
+def must_be_finite(model: VisionTransformer, images: Tensor, output: Tensor) -> Tensor:
+    """`output` of the model for these images; `ValueError` that names what is not finite first."""
+    if not output.isfinite().all():
+        raise ValueError(f"this model gives numbers that are not finite: {first_not_finite(model, images)}.")
+    return output
+
+
+def device_of(model: VisionTransformer) -> torch.device:
+    """Where the model computes."""
+    return model.pos_embed.device
