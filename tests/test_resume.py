@@ -16,8 +16,8 @@ from karat_lite.training import train
 from karat_lite.trajectory import load_trajectory, snapshot_steps
 
 # All that could go wrong at once: shifted images, mixed batches, averaged weights.
-RECIPE = kl.Recipe(epochs=4, batch_size=16, warmup_epochs=1.0, shift=1, mixup=0.2, cutmix=0.5, ema=0.9)
-STEPS = 4 * 160 // 16
+RECIPE = kl.Recipe(epochs=8, batch_size=16, warmup_epochs=1.0, shift=1, mixup=0.2, cutmix=0.5, ema=0.9)
+STEPS = 8 * 160 // 16
 TIMES = ("seconds", "images_per_second", "peak_memory")
 
 
@@ -111,7 +111,7 @@ def test_killed_ten_times_a_training_ends_at_the_same_bits(whole, tmp_path):
     a, b = (History.load(folder / "history.jsonl") for folder in (whole, tmp_path))
     assert untimed(a) == untimed(b) and a.steps == b.steps and len(a.steps) == 1 + STEPS // 7
     a, b = (load_trajectory(folder / "trajectory.safetensors") for folder in (whole, tmp_path))
-    assert a.steps == b.steps == [0, 10, 20, 30, 40]
+    assert a.steps == b.steps == [0, 20, 40, 60, 80]
     assert all(torch.equal(value, b.weights[name]) for name, value in a.weights.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in whole.iterdir())
 
@@ -137,7 +137,7 @@ def test_a_finished_training_is_not_trained_again(whole):
     state, stamp = weights(whole), (whole / "resume.pt").stat().st_mtime_ns
     model = make()
     history = training(whole, model=model, log_every=7)
-    assert len(history.records) == 4 and (whole / "resume.pt").stat().st_mtime_ns == stamp
+    assert len(history.records) == RECIPE.epochs and (whole / "resume.pt").stat().st_mtime_ns == stamp
     assert torch.equal(torch.cat([value.flatten() for value in model.state_dict().values()]), state)
 
 
@@ -244,11 +244,11 @@ def test_a_state_that_would_run_code_is_refused(tmp_path):
     "change, told",
     [
         (dict(seed=4), "seed: there 3, now 4"),
-        (dict(recipe=dataclasses.replace(RECIPE, epochs=8)), "recipe's epochs: there 4, now 8"),
+        (dict(recipe=dataclasses.replace(RECIPE, epochs=9)), "recipe's epochs: there 8, now 9"),
         (dict(recipe=dataclasses.replace(RECIPE, ema=None)), "recipe's ema: there 0.9, now None"),
         (dict(mode="blockwise"), "model's mode: there 'universal', now 'blockwise'"),
         (dict(limit=150), "training images: there 160, now 150"),
-        (dict(snapshots=3), r"snapshots: there \[0, 10, 20, 30, 40\], now \[0, 20, 40\]"),
+        (dict(snapshots=3), r"snapshots: there \[0, 20, 40, 60, 80\], now \[0, 40, 80\]"),
     ],
 )
 def test_another_training_is_not_gone_on_with(whole, change, told):
