@@ -193,7 +193,8 @@ def test_profiles_and_rises():
 def test_a_grid_around_a_path_holds_path_and_origin():
     alphas, betas = grid_around([[4.0, 1.0, 9.0], [2.0, -1.0, 0.0]], points=5, margin=0.25)
     assert len(alphas) == len(betas) == 5
-    assert (alphas[0], alphas[-1], betas[0], betas[-1]) == (-1, 5, -2, 2)
+    assert (alphas[0], alphas[-1], betas[0], betas[-1]) == (-1, 5, -3, 3)
+    assert grid_around([[0, 0]])[0][-1] > 0, "a path that stands still"
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------

@@ -188,14 +188,15 @@ def rise(
 
 
 def grid_around(coordinates, points: int = 15, margin: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
-    """Axes (alphas, betas) of an even grid around a path's first two coordinates (T, 2) and the origin.
+    """Axes (alphas, betas) of a square grid around a path's first two coordinates (T, 2) and the origin.
 
-    margin: what is added on each side, as a share of the larger of the two ranges.
+    Both axes are equally long, so that a square figure shows angles as they are. margin: what is added on each side, as
+    a share of the larger of the path's two ranges.
     """
     at = np.vstack([np.asarray(coordinates, dtype=float)[:, :2], [[0.0, 0.0]]])
     low, high = at.min(axis=0), at.max(axis=0)
-    room = margin * (high - low).max()
-    return tuple(np.linspace(low[i] - room, high[i] + room, points) for i in (0, 1))
+    half = (0.5 + margin) * ((high - low).max() or 1.0)
+    return tuple(np.linspace(middle - half, middle + half, points) for middle in (low + high) / 2)
 
 
 # ---- what is checked -------------------------------------------------------------------------------------------------
