@@ -28,13 +28,15 @@ def surface(
     elevation: float = 35,
     azimuth: float = -60,
     directions: Mapping[str, Directions] | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> Figure:
     """Loss surfaces side by side, seen from `elevation` degrees above the plane, turned by `azimuth` degrees.
 
     landscapes: name -> grid; paths: name -> snapshots, drawn over the surface at the loss of their projections, also
-    where a hill stands before them; directions: name -> what the axes are, for their labels.
+    where a hill stands before them; directions: name -> what the axes are, for their labels; bounds: losses at the ends
+    of the scale, where figures shall be compared with each other (default: those of the landscapes).
     """
-    grids, scale = _checked(landscapes, paths)
+    grids, scale = _checked(landscapes, paths, bounds)
     columns = len(grids)
     wide = min(4.6, 8.1 / columns)
     figure, places = layout(1, columns, (wide, 3.7), margins=(0.05, 0.85, 0.1, 0.3), gaps=(0.05, 0))
@@ -79,12 +81,13 @@ def contours(
     paths: Mapping[str, PathLosses] | None = None,
     *,
     directions: Mapping[str, Directions] | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> Figure:
     """The same from above: equal loss, equal colour; the path from its first snapshot (ring) to its last (star).
 
     Arguments as in `surface`. With `directions`, an axis says what share of the squared distances it explains.
     """
-    grids, scale = _checked(landscapes, paths)
+    grids, scale = _checked(landscapes, paths, bounds)
     columns = len(grids)
     side = 3.2 if columns > 1 else 4.0
     gap = 0.95
@@ -117,7 +120,7 @@ def profiles(x, losses: Mapping[str, Sequence], across: str = "distance", highli
     """
     need_mapping("losses", losses)
     x = as_array("x", x, 1)
-    figure, (axes,) = sheet(1, 1, (5.6, 3.0), margins=(0.75, 0.15, 0.6, 0.15))
+    figure, (axes,) = sheet(1, 1, (5.6, 3.0), margins=(0.75, 0.15, 0.6, 0.1 + 0.22 * -(-len(losses) // 2)))
     axes.set_yscale("log")
     for i, (name, lines) in enumerate(losses.items()):
         lines = np.maximum(np.atleast_2d(as_array(f"losses of {name!r}", lines, (1, 2))), SMALLEST)
@@ -136,7 +139,8 @@ def profiles(x, losses: Mapping[str, Sequence], across: str = "distance", highli
     axes.yaxis.set_major_locator(FixedLocator(_round_losses(low, high)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    legend(axes, loc="best")
+    # Above the axes, where it hides no line.
+    legend(axes, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False, borderaxespad=0.1)
     return figure
 
 
@@ -198,7 +202,7 @@ def sharpness(results: Mapping) -> Figure:
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _checked(landscapes, paths) -> tuple[dict, ScalarMappable]:
+def _checked(landscapes, paths, bounds) -> tuple[dict, ScalarMappable]:
     """name -> (alphas, betas, loss), and one logarithmic colour scale for all of them."""
     need_mapping("landscapes", landscapes)
     grids = {}
@@ -216,7 +220,11 @@ def _checked(landscapes, paths) -> tuple[dict, ScalarMappable]:
     for name in grids if paths else ():
         if name not in paths:
             raise ValueError(f"landscapes name {', '.join(grids)}, but paths {', '.join(paths)}: give one for each.")
-    low, high = min(g[2].min() for g in grids.values()), max(g[2].max() for g in grids.values())
+    if bounds is None:
+        bounds = min(g[2].min() for g in grids.values()), max(g[2].max() for g in grids.values())
+    low, high = max(bounds[0], SMALLEST), bounds[1]
+    if not low <= high < np.inf:
+        raise ValueError(f"bounds must be two losses, the lower one first, got {bounds}.")
     return grids, ScalarMappable(LogNorm(low, max(high, 1.01 * low)), POSITIVE)
 
 

@@ -1,79 +1,14 @@
-"""Losses over planes of weights against plain loops, directions against numpy's PCA, curvature against differences."""
+"""Losses over planes of weights against plain loops, directions against numpy's SVD; what is given wrong is told."""
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from small_models import KINDS, TINY, batch, flat, path, plain_loss, put, tiny
 
 import karat_lite as kl
-from karat_lite.analysis.directions import (
-    filter_norms,
-    path_lengths,
-    principal_directions,
-    random_directions,
-    weights_of,
-)
-from karat_lite.analysis.hessian import hessian_product, hessian_spectrum, sharpest_directions, top_eigenvalues
+from karat_lite.analysis.directions import path_lengths, principal_directions, random_directions, weights_of
+from karat_lite.analysis.hessian import hessian_spectrum, top_eigenvalues
 from karat_lite.analysis.landscape import batch_loss, grid_around, loss_grid, loss_profile, path_losses, rise
-
-TINY = dict(img_size=4, patch_size=2, num_classes=3, dim=4, depth=1, num_heads=1, rank=2, grid=1)
-KINDS = {
-    "softmax": dict(attention="softmax"),
-    "karat": dict(attention="karat"),
-    "universal": dict(attention="karat", mode="universal", depth=2),
-    "full rank": dict(attention="karat", rank=None),
-    "phi_w": dict(attention="karat", order="phi_w", base="silu", edge_scales=True),
-    "phi_phi": dict(attention="karat", order="phi_phi"),
-    "hybrid heads": dict(attention="hybrid", num_heads=2, softmax_heads=[1]),
-    "hybrid layers": dict(attention="hybrid", depth=2, softmax_layers=[0], simplex=True),
-    "edge basis": dict(attention="karat", basis="mexican_hat"),
-}
-
-
-def tiny(kind="karat", seed=0, **options):
-    """A model, pushed away from its start, where biases are 0 and heads all alike."""
-    torch.manual_seed(seed)
-    model = kl.create_model("vit_pico", **{**TINY, **KINDS[kind], **options}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-def batch(n=10, size=4, classes=3):
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(n, 3, size, size, generator=generator) * 2 - 1, torch.arange(n) % classes
-
-
-def path(model, snapshots=6, scale=0.1):
-    """A random walk that ends at the model."""
-    torch.manual_seed(2)
-    weights = {}
-    for name, value in weights_of(model).items():
-        steps = (
-            scale
-            * torch.randn(snapshots - 1, *value.shape)
-            * torch.linspace(1, 0.2, snapshots - 1).view(-1, *[1] * value.ndim)
-        )
-        weights[name] = torch.cat([steps.flip(0).cumsum(0).flip(0) + value, value[None]])
-    return kl.Trajectory(weights, {"steps": list(range(snapshots)), "config": model.config})
-
-
-def plain_loss(model, images, labels, smoothing=0.0):
-    with torch.no_grad():
-        return F.cross_entropy(model(images).double(), labels, label_smoothing=smoothing).item()
-
-
-def put(model, weights):
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-    return model
-
-
-def flat(weights) -> np.ndarray:
-    return np.concatenate([np.asarray(x, dtype=float).ravel() for x in weights.values()])
-
 
 # ---- directions ------------------------------------------------------------------------------------------------------
 
@@ -247,117 +182,6 @@ def test_an_unfinished_grid_goes_on(tmp_path, monkeypatch):
     file.write_bytes(b"no grid")
     with pytest.raises(ValueError, match="damaged or holds no grid"):
         loss_grid(*args, file=file, progress=False)
-
-
-# ---- curvature -------------------------------------------------------------------------------------------------------
-
-
-def dense_hessian(model, images, labels, smoothing=0.0) -> np.ndarray:
-    """Central differences of first gradients, one weight at a time (with the package's own, recomputing backward)."""
-    parameters, columns, eps = list(model.parameters()), [], 1e-5
-
-    def gradient():
-        loss = F.cross_entropy(model(images), labels, label_smoothing=smoothing)
-        return flat(dict(enumerate(torch.autograd.grad(loss, parameters, materialize_grads=True))))
-
-    for p in parameters:
-        numbers = p.data.view(-1)
-        for i in range(len(numbers)):
-            kept = numbers[i].item()
-            numbers[i] = kept + eps
-            plus = gradient()
-            numbers[i] = kept - eps
-            columns.append((plus - gradient()) / (2 * eps))
-            numbers[i] = kept
-    return np.array(columns)
-
-
-@pytest.mark.parametrize("kind", ["softmax", "karat"])
-def test_eigenvalues_against_a_dense_hessian(kind):
-    model, (images, labels) = tiny(kind).double(), batch(6)
-    images = images.double()
-    dense = dense_hessian(model, images, labels, 0.1)
-    dense = (dense + dense.T) / 2
-    values, vectors = np.linalg.eigh(dense)
-    options = dict(smoothing=0.1, chunk=4, tolerance=1e-8, iterations=200, progress=False)
-    found = hessian_spectrum(model, images, labels, 4, **options)
-    assert np.allclose(found.values, values[::-1][:4], rtol=1e-5, atol=1e-6)
-    assert found.converged and found.residuals.max() <= 1e-8 * found.values[0]
-    assert abs(found.vectors[0].numpy() @ vectors[:, -1]) == pytest.approx(1, abs=1e-5)
-    product, size = hessian_product(model, images, labels, smoothing=0.1, chunk=4)
-    for value, vector, residual in zip(found.values, found.vectors, found.residuals, strict=True):
-        assert (product(vector) - value * vector).norm().item() == pytest.approx(residual, abs=1e-8)
-    assert size == len(dense) and found.lowest == pytest.approx(values[0], rel=0.05)
-    norms = np.concatenate([
-        np.broadcast_to(norm, x.shape).ravel() for norm, x in zip(
-            filter_norms(weights_of(model)).values(), weights_of(model).values(), strict=True)
-    ])  # fmt: skip
-    relative = hessian_spectrum(model, images, labels, 2, relative=True, **options)
-    truth = np.linalg.eigvalsh(norms[:, None] * dense * norms)
-    assert np.allclose(relative.values, truth[::-1][:2], rtol=1e-4)
-    assert all(block.attn.activation.backend == "auto" for block in model.blocks if kind == "karat")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_products_are_symmetric_and_second_differences_for_every_kind(kind):
-    model, (images, labels) = tiny(kind).double(), batch()
-    images = images.double()
-    product, size = hessian_product(model, images, labels, chunk=4)
-    u, v = torch.randn(2, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert (u @ product(v)).item() == pytest.approx((v @ product(u)).item(), rel=1e-6)
-    assert torch.allclose(product(u + 2 * v), product(u) + 2 * product(v), atol=1e-9)
-    v, at, eps = v / v.norm(), weights_of(model), 1e-3
-    pieces = v.split([x.numel() for x in at.values()])
-    moved = lambda c: {k: x + c * p.view_as(x) for (k, x), p in zip(at.items(), pieces, strict=True)}  # noqa: E731
-    ends = [batch_loss(model, images, labels, moved(c)) for c in (-eps, 0, eps)]
-    second = (ends[0] - 2 * ends[1] + ends[2]) / eps**2
-    assert (v @ product(v)).item() == pytest.approx(second, rel=1e-2, abs=1e-5)
-
-
-def test_a_rescaling_that_changes_nothing_changes_raw_curvature_only():
-    """coef times c and W over c: the same function, the same loss in relative steps, another Hessian."""
-    model, (images, labels) = tiny().double(), batch()
-    images, other = images.double(), tiny().double()
-    with torch.no_grad():
-        operator = other.operators()[0]
-        operator.coef.mul_(8)
-        operator.weight.div_(8)
-    assert torch.allclose(model(images), other(images), atol=1e-12)
-    tops = {}
-    for relative in (False, True):
-        options = dict(relative=relative, progress=False, tolerance=1e-6, iterations=100)
-        tops[relative] = [hessian_spectrum(m, images, labels, 1, **options).values[0] for m in (model, other)]
-    assert tops[True][0] == pytest.approx(tops[True][1], rel=1e-6)
-    assert abs(tops[False][1] / tops[False][0] - 1) > 0.2
-    assert rise(model, images, labels).mean == pytest.approx(rise(other, images, labels).mean, rel=1e-6)
-
-
-def test_lanczos_on_known_matrices():
-    values = torch.tensor([5.0, 4.9, 3.0, 1.0, 0.5, -2.0, -7.0], dtype=torch.float64)
-    basis = torch.linalg.qr(torch.randn(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
-    matrix = basis @ values.diag() @ basis.T
-    like = torch.empty(0, dtype=torch.float64)
-    found = top_eigenvalues(lambda v: matrix @ v, 7, 3, tolerance=1e-10, like=like, progress=False)
-    assert np.allclose(found.values, [5, 4.9, 3]) and found.lowest == pytest.approx(-7) and found.converged
-    assert np.allclose((found.vectors @ basis).abs()[range(3), range(3)], 1, atol=1e-6)
-    short = top_eigenvalues(lambda v: matrix @ v, 7, 1, tolerance=1e-10, iterations=3, like=like, progress=False)
-    assert not short.converged and short.iterations == 3 and short.residuals[0] > 1e-3
-    ones = torch.ones(7, 7, dtype=torch.float64) / 7  # rank 1: two directions and nothing is left
-    found = top_eigenvalues(lambda v: ones @ v, 7, 1, tolerance=1e-10, like=like, progress=False)
-    assert found.values[0] == pytest.approx(1) and found.iterations <= 3 and found.converged
-    with pytest.raises(ValueError, match="only 2 eigenvalues are known, asked for 3"):
-        top_eigenvalues(lambda v: ones @ v, 7, 3, like=like, progress=False)
-
-
-def test_the_sharpest_direction_is_one():
-    model, (images, labels) = tiny().double(), batch()
-    images = images.double()
-    spectrum = hessian_spectrum(model, images, labels, 2, tolerance=1e-6, iterations=100, progress=False)
-    directions = sharpest_directions(model, spectrum)
-    low, middle, high = loss_profile(model, directions, images, labels, [-1e-3, 0, 1e-3])[0]
-    assert (low - 2 * middle + high) / 1e-6 == pytest.approx(spectrum.values[0], rel=1e-2)
-    with pytest.raises(ValueError, match="a spectrum|this spectrum is of a model with"):
-        sharpest_directions(tiny("softmax"), spectrum)
 
 
 # ---- large models, bad input -----------------------------------------------------------------------------------------

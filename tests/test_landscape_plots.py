@@ -83,6 +83,13 @@ def test_a_surface_has_the_grids_heights_and_turns():
     assert not np.array_equal(pixels(SCENES["surface"]()), pixels(figure))
 
 
+def test_bounds_make_single_figures_comparable():
+    for draw in (landscape_plots.surface, landscape_plots.contours):
+        bars = [draw({name: GRIDS[name]}, bounds=(0.05, 30)).axes[-1] for name in GRIDS]
+        assert [bar.get_ylim() for bar in bars] == [(0.05, 30)] * 2
+        assert draw({"softmax": GRIDS["softmax"]}).axes[-1].get_ylim() != (0.05, 30)
+
+
 def test_contours_share_levels_and_draw_the_path_from_ring_to_star():
     figure = landscape_plots.contours(GRIDS, PATHS, directions=NAMES)
     one, other = figure.axes[:2]
@@ -137,6 +144,7 @@ BAD = {
     "a path is missing": (lambda: landscape_plots.contours(GRIDS, {"softmax": walk()}), ValueError, "one for each"),
     "another length": (lambda: landscape_plots.profiles([0, 1], {"a": [1, 2, 3]}), ValueError, "3 points a line"),
     "shares": (lambda: landscape_plots.explained_shares({"a": [80, 20]}), ValueError, "sum to at most 1"),
+    "bounds": (lambda: landscape_plots.contours(GRIDS, bounds=(2, 1)), ValueError, "the lower one first"),
     "no runs": (lambda: landscape_plots.sharpness({"runs": []}), ValueError, "no runs"),
 }  # fmt: skip
 

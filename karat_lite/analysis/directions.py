@@ -50,9 +50,9 @@ class Directions:
         gram, products = 0.0, 0.0
         for name, at in self.origin.items():
             d = self.along[name].double().flatten(1)
-            x = (trajectory.weights[name].double() - at.double()).flatten(1)
+            x = (trajectory.weights[name].to(at.device).double() - at.double()).flatten(1)
             gram, products = gram + d @ d.T, products + x @ d.T
-        return torch.linalg.solve(gram, products.T).T.numpy()
+        return torch.linalg.solve(gram, products.T).T.cpu().numpy()
 
 
 def principal_directions(trajectory: Trajectory, count: int = 2) -> Directions:

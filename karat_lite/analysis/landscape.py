@@ -47,6 +47,7 @@ def batch_loss(
     check_fits("weights", weights, own)
     check_finite(weights)
     check_batch(model, images, labels)
+    weights = {name: x.to(own[name]) for name, x in weights.items()}
     return _loss(model, weights, images, labels, smoothing, chunk)
 
 
