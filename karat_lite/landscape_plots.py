@@ -18,6 +18,7 @@ from .canvas import COLOURS, INK, LINES, POSITIVE, as_array, label_axes, layout,
 
 SMALLEST = 1e-4  # nats: a logarithm has no place for 0
 LEVELS = 14
+WIDE = 20  # times: from there on one axis in even steps shows the largest value alone
 UNITS = {"principal": "principal direction", "random": "random direction", "sharpest": "eigenvector"}
 
 
@@ -167,7 +168,10 @@ def explained_shares(shares: Mapping[str, Sequence], components: int = 8) -> Fig
 
 
 def sharpness(results: Mapping) -> Figure:
-    """Every measure of `landscape_table` as a panel: a dot for every seed of each model, a bar at their mean."""
+    """Every measure of `landscape_table` as a panel: a mark for every seed of each model, a bar at their mean.
+
+    Values that differ more than `WIDE` times stand on a logarithmic axis, the bar at their geometric mean.
+    """
     need_mapping("results", results)
     runs = results.get("runs") or []
     if not runs:
@@ -181,19 +185,27 @@ def sharpness(results: Mapping) -> Figure:
     for axes in panels[len(measures) :]:
         axes.set_axis_off()
     for place, (axes, (measure, label)) in enumerate(zip(panels, measures, strict=False)):
+        low, high = min(run[measure] for run in runs), max(run[measure] for run in runs)
+        wide = 0 < WIDE * low < high
         for i, model in enumerate(models):
             values = as_array(measure, [run[measure] for run in runs if run["model"] == model], 1)
             colour = COLOURS[i % len(COLOURS)]
-            axes.plot([values.mean()] * 2, [i - 0.28, i + 0.28], color=colour, linewidth=2)
-            axes.plot(values, np.full(len(values), i), "os^Dv"[i % 5], color=colour, markersize=6,
+            mean = np.exp(np.log(values).mean()) if wide else values.mean()
+            axes.plot([mean] * 2, [i - 0.28, i + 0.28], color=colour, linewidth=2)
+            height = i + np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [i]
+            axes.plot(values, height, "os^Dv"[i % 5], color=colour, markersize=6,
                       markeredgecolor="white", alpha=0.9)  # fmt: skip
         axes.set_ylim(len(models) - 0.5, -0.5)
         axes.set_yticks(range(len(models)), models if place % columns == 0 else [""] * len(models))
         axes.tick_params(axis="y", length=0)
         axes.set_title(label, fontsize=9, color=INK, loc="left")
-        high = max(run[measure] for run in runs)
-        axes.set_xlim(min(0.0, *(1.1 * run[measure] for run in runs)), 1.15 * high if high > 0 else 1)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        if wide:
+            axes.set(xscale="log", xlim=(low / 1.5, 1.5 * high))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.set_xlim(min(0.0, 1.1 * low), 1.15 * high if high > 0 else 1)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
         label_axes(axes, "", "")
         axes.grid(visible=False, axis="y")
     return figure

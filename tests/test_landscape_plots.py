@@ -37,7 +37,7 @@ NAMES = {name: axes_of("principal", np.array([0.7, 0.2, 0.1])) for name in GRIDS
 RESULTS = {
     "measures": {"largest": "largest eigenvalue", "rise": "rise", "length": "path", "distance": "distance"},
     "runs": [
-        {"model": model, "largest": i + k, "rise": 0.1 * i - 0.05, "length": 90 + i, "distance": 30 + k}
+        {"model": model, "largest": i + k + 1, "rise": 0.1 * i - 0.05, "length": 90 + i, "distance": 30 + k}
         for i, model in enumerate(("softmax", "karat")) for k in range(3)
     ],
 }  # fmt: skip
@@ -95,6 +95,7 @@ def test_contours_share_levels_and_draw_the_path_from_ring_to_star():
     one, other = figure.axes[:2]
     filled = [axes.collections[0] for axes in (one, other)]
     assert np.allclose(filled[0].levels, filled[1].levels) and len(filled[0].levels) == landscape_plots.LEVELS
+    assert np.allclose(filled[0].levels[[0, -1]], [filled[0].norm.vmin, filled[0].norm.vmax])
     assert isinstance(filled[0].norm, LogNorm) and filled[0].norm is filled[1].norm
     both = np.concatenate([g.loss.ravel() for g in GRIDS.values()])
     assert np.isclose(filled[0].norm.vmin, both.min()) and np.isclose(filled[0].norm.vmax, both.max())
@@ -129,8 +130,12 @@ def test_shares_and_seeds():
     drawn = [axes for axes in figure.axes if axes.get_title(loc="left")]
     assert [axes.get_title(loc="left") for axes in drawn] == list(RESULTS["measures"].values())
     mean, dots = drawn[0].lines[2:]
-    assert list(dots.get_xdata()) == [1, 2, 3] and list(mean.get_xdata()) == [2, 2]
+    assert list(dots.get_xdata()) == [2, 3, 4] and list(mean.get_xdata()) == [3, 3]
     assert drawn[1].get_xlim()[0] < 0, "a negative rise is shown too"
+    far = {"measures": {"x": "x"}, "runs": [{"model": "a", "x": x} for x in (1, 10, 100)]}
+    (axes,) = landscape_plots.sharpness(far).axes
+    assert axes.get_xscale() == "log" and np.allclose(axes.lines[0].get_xdata(), 10), "a geometric mean"
+    assert drawn[0].get_xscale() == "linear"
 
 
 NEGATIVE = Landscape([0, 1], [0, 1], [[1, -1], [1, 1]])
@@ -200,7 +205,7 @@ def test_the_table_of_runs(tmp_path, capsys):
     landscape_table.main(command)
     found = json.loads(table.read_text())
     assert [(run["model"], run["seed"]) for run in found["runs"]] == [
-        ("karat", 0), ("karat", 1), ("softmax", 0), ("softmax", 1)]  # fmt: skip
+        ("softmax", 0), ("softmax", 1), ("karat", 0), ("karat", 1)]  # fmt: skip
     for run in found["runs"]:
         model, card = kl.load_checkpoint(
             tmp_path / "runs" / f"digits_{run['model']}_seed{run['seed']}/model.safetensors"

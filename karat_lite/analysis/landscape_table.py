@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure every run of a folder; write runs, and mean and spread over seeds."""
     args = _parser().parse_args(argv)
     folders = sorted(path.parent for path in args.runs.glob(f"*_seed*/{FILE}"))
+    folders.sort(key=lambda folder: "_softmax" not in folder.name)  # what is compared with comes first
     if not folders:
         raise ValueError(
             f"no runs in {args.runs}: expected folders NAME_seedK with {FILE} in them, as `python -m karat_lite.train "
