@@ -178,7 +178,7 @@ def sharpness(results: Mapping) -> Figure:
         raise ValueError("results hold no runs, there is nothing to draw: make them with analysis.landscape_table.")
     models = list(dict.fromkeys(run["model"] for run in runs))
     measures = list(results["measures"].items())
-    columns = 3
+    columns = min(3, len(measures))
     rows = -(-len(measures) // columns)
     figure, panels = sheet(rows, columns, (2.05, 0.32 * len(models) + 0.25), margins=(1.0, 0.15, 0.5, 0.3),
                            gaps=(0.35, 0.75))  # fmt: skip
