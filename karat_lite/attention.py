@@ -80,7 +80,7 @@ class StaticMixer(nn.Module):
         A_kn = M_kn    each query k has a row of its own: any mixing by position alone             shared=False
         A_kn = m_n     all queries share one row: what a KArAt operator is where all scores are 0  shared=True
 
-    The yardstick for what an operator learns from scores (06_learned_functions). It has h N^2 numbers, or h N, drawn
+    The yardstick for what an operator learns from scores (`analysis.content`). It has h N^2 numbers, or h N, drawn
     with variance 1 / N: the output starts with the variance of the values. Queries and keys are computed and not used:
     their 2 dim (dim + 1) parameters a layer get the gradient 0 (not None: DDP refuses unused parameters).
     """

@@ -1,4 +1,4 @@
-"""How curved the loss is: the largest eigenvalues of its Hessian, from products with vectors alone (09_loss_landscape).
+"""How curved the loss is: the largest eigenvalues of its Hessian, from products with vectors alone.
 
     H_ij = d^2 loss / d theta_i d theta_j,      H v = d/d theta (d loss / d theta . v)
 

@@ -1,4 +1,4 @@
-"""The loss on lines and planes through the space of all weights (09_loss_landscape).
+"""The loss on lines and planes through the space of all weights.
 
     L(alpha, beta) = loss(theta + alpha d_1 + beta d_2)
 
