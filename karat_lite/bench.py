@@ -5,7 +5,8 @@ python -m karat_lite.bench --device cuda                     # one GPU, under 8 
 python -m karat_lite.bench --results FILE.json --draw        # no measurement, only the figure
 
 All that is compared runs in turns (`analysis.cost.compare`): a row holds the median and quartiles of its seconds, and
-of its ratio to eager softmax attention pair by pair. See `analysis.rivals` for who is compared.
+of its ratio to eager softmax attention pair by pair (of part "growth": to the same competitor with fewest tokens).
+See `analysis.rivals` for who is compared.
 """
 
 import argparse
@@ -59,8 +60,8 @@ class Sizes:
 
 def model_case(name: str, images: int, **options) -> Case:
     """ViT at 224 pixels: 14 x 14 patches and the class token."""
-    heads = SIZES[name]["num_heads"]
-    return Case(images, heads, 197, SIZES[name]["dim"] // heads, model=name, **options)
+    size = SIZES[name]
+    return Case(images, size["num_heads"], 197, size["dim"] // size["num_heads"], model=name, **options)
 
 
 VITS = ("vit_tiny", "vit_small", "vit_base")
@@ -133,7 +134,8 @@ def run(sizes: Sizes, device: torch.device) -> dict:
         dtype: cost.machine_limits(device, size=sizes.limits, dtype=getattr(torch, dtype)) for dtype in sizes.dtypes
     }
     bench = Bench(sizes, device, karat)
-    shares = {bench.models: 0.29, bench.shapes: 0.22, bench.along_n: 0.33, bench.along_g: 0.08, bench.along_r: 0.08}
+    shares = {bench.models: 0.28, bench.shapes: 0.2, bench.along_n: 0.25}
+    shares |= {bench.growth_in_n: 0.13, bench.along_g: 0.07, bench.along_r: 0.07}
     left = started + sizes.seconds
     with cost.Others() as others:
         for part, some in _divide(left - time.perf_counter(), list(shares), list(shares.values())):
@@ -194,6 +196,14 @@ class Bench:
             if n >= LARGE and names:
                 too_slow += [name for name, _ in line_up if name not in names]
 
+    def growth_in_n(self, seconds: float) -> None:
+        """Many tokens again, each competitor by itself and all its sizes in turns: how time grows, whatever happens."""
+        many = [n for n in self.sizes.tokens if n >= LARGE]
+        steps = list(itertools.product(self.sizes.dtypes, LAYER, ("sdpa", self.karat[0])))
+        for (dtype, mode, name), some in _divide(seconds, steps, [ROUNDS[mode] for _, mode, _ in steps]):
+            cases = [self.sizes.tokens_of._replace(N=n, dtype=dtype) for n in many]
+            self._measure("growth", mode, [(name, case) for case in cases], some)
+
     def along_g(self, seconds: float) -> None:
         """One layer with more and more harmonics, all of them in turns."""
         cases = [self.sizes.grids_of._replace(G=grid) for grid in self.sizes.grids]
@@ -249,8 +259,9 @@ class Bench:
             row |= {key: value for key, value in timing._asdict().items() if key.startswith("ratio")}
             row = {key: float(f"{x:.5g}") if isinstance(x, float) else x for key, x in row.items()}
             self.rows.append({**row, **self._memory(rival, mode), "others": _percent(others)})
-            of = "".join(f" {key}={getattr(case, key)}" for key in ("G", "r") if part in ("grids", "ranks", "models"))
-            said.append(f"{name}{of if row['r'] else ''} {1e3 * row['median']:.2f} ms ({row['ratio']:.2f})")
+            shown = {"growth": ("N",), "tokens": (), "shapes": ()}.get(part, ("G", "r") if row["r"] else ())
+            of = "".join(f" {key}={getattr(case, key)}" for key in shown)
+            said.append(f"{name}{of} {1e3 * row['median']:.2f} ms ({row['ratio']:.2f})")
         print(f"{described(row)}: {', '.join(said)}", flush=True)
         return [name for name, _ in runs]
 

@@ -30,24 +30,25 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 def growth(rows: Sequence[dict]) -> list[dict]:
     """Per competitor, operation and type: exponents in N for N >= `LARGE`, and linearity in G.
 
+    Time in N is that of the part "growth": all sizes in turns, each as a ratio to the smallest of the same round, so
+    that a machine whose speed wavers does not bend the line. Left out where fewer than three points are there.
     Records: {"of": "time" | "kept_bytes", "in": "N", "what", "competitor", "dtype", "points", "slope"} or
-    {"of": "time", "in": "G", ..., "r_squared"}. Left out where fewer than three points are there.
+    {"of": "time", "in": "G", ..., "r_squared"}.
     """
     found = []
-    for part, axis, quantities in (("tokens", "N", ("median", "kept_bytes")), ("grids", "G", ("median",))):
+    for part, axis, quantity in (("growth", "N", "ratio"), ("tokens", "N", "kept_bytes"), ("grids", "G", "median")):
         lines: dict[tuple, list[dict]] = {}
         for row in rows:
             if row["part"] == part and row[axis] is not None and (axis == "G" or row["N"] >= LARGE):
                 lines.setdefault((row["what"], row["competitor"], row["dtype"]), []).append(row)
         for (what, competitor, dtype), line in lines.items():
-            for quantity in quantities:
-                points = [(row[axis], row[quantity]) for row in line if row[quantity]]
-                if len(points) < 3:
-                    continue
-                kind, fit = ("slope", slope) if axis == "N" else ("r_squared", r_squared)
-                named = {"of": "time" if quantity == "median" else quantity, "in": axis, "what": what}
-                named |= {"competitor": competitor, "dtype": dtype, "points": len(points)}
-                found.append({**named, kind: round(fit(*zip(*points, strict=True)), 4)})
+            points = [(row[axis], row[quantity]) for row in line if row[quantity]]
+            if len(points) < 3:
+                continue
+            kind, fit = ("slope", slope) if axis == "N" else ("r_squared", r_squared)
+            named = {"of": quantity if part == "tokens" else "time", "in": axis, "what": what}
+            named |= {"competitor": competitor, "dtype": dtype, "points": len(points)}
+            found.append({**named, kind: round(fit(*zip(*points, strict=True)), 4)})
     return found
 
 

@@ -4,9 +4,10 @@
 
 q (B, h, M, d) asks, k (B, h, N, d) is looked at, right R (B, h, F, N, e), or (1, h, F, N, e) shared by all images.
 Scores and feature maps exist for one block at a time, in scratch that all blocks share, and are computed anew in the
-backward pass. A block is several images of one head (or all images of several, or some rows of one): P planes. Inside
+backward pass. A block is several images of one head (or all images of several, or a tile of one): P planes. Inside
 it maps lie as (P, F, q, k), rows k last: elementwise steps run over whole planes, and the sums over f and q are one
-matrix product. Memory is head-major, (h, B, ..), so that the planes of a block lie together.
+matrix product. Memory is head-major, (h, B, ..), so that the planes of a block lie together. Tiles are about square:
+few rows that look at thousands of keys would make that product narrow and deep, which costs up to twice the time.
 """
 
 import itertools
@@ -42,15 +43,15 @@ def mix_gradients(
 
 def _mix(q: Tensor, k: Tensor, right: Tensor, scale: float, basis: LinearBasis) -> Tensor:
     q, k = q.transpose(0, 1) * scale, k.transpose(0, 1)
-    y = right.new_empty(*q.shape[:3], right.shape[-1])
+    y = right.new_zeros(*q.shape[:3], right.shape[-1])
     right = right.permute(1, 0, 4, 3, 2)  # (h, B, e, N, F)
     mixing = basis.mixing()
     if mixing is not None:
         right = right @ mixing[0].to(right)
-    across = right.transpose(-2, -1).flatten(3).expand(-1, q.shape[1], -1, -1)  # (h, B, e, F N)
-    for part, rows, scratch in _blocks(q, k, right.shape[-1]):
-        maps, _ = _see(part(q)[:, rows], part(k), basis, scratch)
-        part(y)[:, rows].copy_(torch.bmm(part(across), maps.flatten(1, 2)).mT)
+    across = right.transpose(-2, -1).contiguous().expand(-1, q.shape[1], -1, -1, -1)  # (h, B, e, F, N)
+    for part, rows, keys, scratch in _blocks(q, k, right.shape[-1]):
+        maps, _ = _see(part(q)[:, rows], part(k)[:, keys], basis, scratch)
+        part(y)[:, rows] += torch.bmm(part(across)[..., keys].flatten(2), maps.flatten(1, 2)).mT
     return y.transpose(0, 1)
 
 
@@ -63,26 +64,27 @@ def _mix_gradients(
         mix, slopes = (matrix.to(right) for matrix in mixing)
         right = right @ slopes  # phi' in the raw maps
     down = right.movedim(-1, 0).contiguous().expand(-1, -1, q.shape[1], -1, -1)  # (F, h, B, N, e)
-    dq, dk = q.new_empty(q.shape), k.new_zeros(k.shape)
-    dright = right.new_zeros(*right.shape[:2], right.shape[3], down.shape[0] * down.shape[3])  # (h, B, e, F N)
-    for part, rows, scratch in _blocks(q, k, down.shape[0]):
-        of_q, of_k, of_grad = part(q)[:, rows], part(k), part(grad)[:, rows].mT.contiguous()  # (P, e, rows)
+    dq, dk = q.new_zeros(q.shape), k.new_zeros(k.shape)
+    dright = right.new_zeros(*right.shape[:2], right.shape[3], down.shape[0], down.shape[3])  # (h, B, e, F, N)
+    for part, rows, keys, scratch in _blocks(q, k, down.shape[0]):
+        of_q, of_k = part(q)[:, rows], part(k)[:, keys]
+        of_grad = part(grad)[:, rows].mT.contiguous()  # (P, e, rows)
 
-        def spread(f, part=part, of_grad=of_grad, e_f=scratch[2]):
-            return torch.bmm(part(down[f]), of_grad, out=e_f)
+        def spread(f, part=part, keys=keys, of_grad=of_grad, e_f=scratch[2]):
+            return torch.bmm(part(down[f])[:, keys], of_grad, out=e_f)
 
         if mixing is None:
             maps, s = _through_maps(of_q, of_k, basis, scratch, spread)
         else:
             maps, s = _see(of_q, of_k, basis, scratch)
-        part.add_to(dright, torch.bmm(of_grad, maps.flatten(1, 2).mT))
+        part.add_to(dright[..., keys], torch.bmm(of_grad, maps.flatten(1, 2).mT).unflatten(2, maps.shape[1:3]))
         if mixing is not None:  # the scores themselves are not needed again: the sum stands in their place
             for f, psi in enumerate(maps.unbind(1)):
                 s = s.addcmul_(psi, spread(f)) if f else torch.mul(psi, spread(f), out=s)
-        torch.bmm(s.mT, of_k, out=part(dq)[:, rows])
-        part(dk).baddbmm_(s, of_q)  # of_q brings the factor
+        part(dq)[:, rows].baddbmm_(s.mT, of_k)
+        part(dk)[:, keys].baddbmm_(s, of_q)  # of_q brings the factor
     dq *= scale
-    dright = dright.unflatten(3, (down.shape[0], -1)).permute(1, 0, 4, 2, 3)  # (B, h, N, e, F)
+    dright = dright.permute(1, 0, 4, 2, 3)  # (B, h, N, e, F)
     if mixing is not None:
         dright = dright @ mix.mT
     return dq.transpose(0, 1), dk.transpose(0, 1), dright.permute(0, 1, 4, 2, 3)
@@ -114,24 +116,33 @@ class _Part:
             self(total).add_(x)
 
 
-def _blocks(q: Tensor, k: Tensor, depth: int) -> Iterator[tuple[_Part, slice, list[Tensor]]]:
-    """(planes, rows, scratch) of blocks of about `AT_ONCE` scores: rows first, then images, then heads.
+def _blocks(q: Tensor, k: Tensor, depth: int) -> Iterator[tuple[_Part, slice, slice, list[Tensor]]]:
+    """(planes, rows, keys, scratch) of blocks of about `AT_ONCE` scores: tiles first, then images, then heads.
 
     Scratch for a block: maps (P, F, q, k) with F = `depth`, and two planes (P, q, k).
     """
     heads, images, rows, keys = *q.shape[:3], k.shape[2]
-    some_rows = min(rows, max(1, AT_ONCE // max(1, keys)))
-    planes = max(1, AT_ONCE // max(1, keys * some_rows)) if some_rows == rows else 1
+    some_rows, some_keys = rows, keys
+    if rows * keys > AT_ONCE:
+        side = math.isqrt(AT_ONCE)
+        some_rows, some_keys = _even(rows, max(side, AT_ONCE // keys)), _even(keys, max(side, AT_ONCE // rows))
+    planes = max(1, AT_ONCE // max(1, keys * rows))
     some_images = max(1, min(images, planes))
     some_heads = min(heads, planes // some_images) if some_images == images else 1
-    size = some_heads * some_images * some_rows * keys
+    size = some_heads * some_images * some_rows * some_keys
     buffers = [q.new_empty(size * depth), q.new_empty(size), q.new_empty(size)]
-    parts = (_slices(heads, some_heads), _slices(images, some_images), _slices(rows, some_rows))
-    for h, b, m in itertools.product(*parts):
+    parts = _slices(heads, some_heads), _slices(images, some_images), _slices(rows, some_rows), _slices(keys, some_keys)
+    for h, b, m, n in itertools.product(*parts):
         part = _Part(h, b)
-        plane = (keys, m.stop - m.start)
+        plane = (n.stop - n.start, m.stop - m.start)
         shapes = ((part.planes, depth, *plane), (part.planes, *plane), (part.planes, *plane))
-        yield part, m, [buffer[: math.prod(shape)].view(shape) for buffer, shape in zip(buffers, shapes, strict=True)]
+        scratch = [buffer[: math.prod(shape)].view(shape) for buffer, shape in zip(buffers, shapes, strict=True)]
+        yield part, m, n, scratch
+
+
+def _even(size: int, most: int) -> int:
+    """The length of equal parts of `size`, none longer than `most`."""
+    return math.ceil(size / math.ceil(size / most))
 
 
 def _slices(size: int, step: int) -> list[slice]:
