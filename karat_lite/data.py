@@ -158,12 +158,12 @@ class Files(Dataset):
     def __getitem__(self, i) -> tuple[Tensor, Tensor]:
         """As in `Images`: a pair or a batch. Raises `ValueError` that names a file which cannot be read."""
         chosen = self.numbers[i]
-        images = [_square(self.picture(one), self.img_size) for one in chosen.reshape(-1).tolist()]
+        images = [to_square(self.picture(one), self.img_size) for one in chosen.reshape(-1).tolist()]
         return normalise(torch.stack(images).view(*chosen.shape, *images[0].shape)), self.labels[i]
 
     def picture(self, i: int):
         """Picture i, whole, as a `PIL.Image` in RGB."""
-        return _read_image(self.files[i])
+        return read_image(self.files[i])
 
 
 def _digits(split: str, img_size: int | None, limit: int | None) -> Images:
@@ -207,14 +207,14 @@ def _from_files(
     from tqdm import tqdm
 
     order = _mixed(len(files), limit)
-    img_size = img_size or min(_read_image(files[0]).size)
+    img_size = img_size or min(read_image(files[0]).size)
     files, labels = [files[i] for i in order.tolist()], labels[order]
     if in_memory is None:
         in_memory = len(files) * 3 * img_size**2 <= HELD
     if not in_memory:
         return Files(name, split, files, labels, classes, img_size)
     bar = tqdm(files, desc=f"reading {name}/{split}", unit="img", leave=False, disable=len(files) < 2_000)
-    images = torch.stack([_square(_read_image(file), img_size) for file in bar])
+    images = torch.stack([to_square(read_image(file), img_size) for file in bar])
     return Images(name, split, images, labels, classes)
 
 
@@ -267,8 +267,8 @@ def _list_folder(part: Path) -> tuple[list[Path], Tensor, list[str]]:
     return [file for files in found.values() for file in files], torch.tensor(labels), list(found)
 
 
-def _read_image(file: Path):
-    """One file as a `PIL.Image` in RGB."""
+def read_image(file: Path):
+    """One file as a `PIL.Image` in RGB. `ValueError` names a file that is no picture."""
     from PIL import Image
 
     try:
@@ -280,7 +280,7 @@ def _read_image(file: Path):
         ) from error
 
 
-def _square(image, img_size: int) -> Tensor:
+def to_square(image, img_size: int) -> Tensor:
     """A picture resized to that shorter side and cropped to a square: (3, img_size, img_size) uint8."""
     from torchvision.transforms import functional as T
 

@@ -100,7 +100,7 @@ class VisionTransformer(nn.Module):
         Token 0 is the class token; tokens 1 .. n are the patches, row by row. Raises `ValueError` for another size or
         channel count, or images that are not finite.
         """
-        self._check_images(x)
+        self.check_images(x)
         tokens = self.embed(x)
         records = []
         for block in self.blocks:
@@ -123,7 +123,8 @@ class VisionTransformer(nn.Module):
         found = [each.operator if isinstance(each, HybridActivation) else each for each in found]
         return [activation for activation in found if isinstance(activation, KArAtOperator)]
 
-    def _check_images(self, x: Tensor) -> None:
+    def check_images(self, x: Tensor) -> None:
+        """Raises `ValueError` or `TypeError` unless x is a batch of this model's images, all of it finite."""
         expected = (self.in_chans, self.img_size, self.img_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(

@@ -1,13 +1,18 @@
 """notebooks/build.py and its helpers, on notebooks small enough to read here."""
 
+import base64
+import io
 import json
 import re
 import resource
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 import build
 import fingerprint
@@ -15,6 +20,12 @@ import hygiene
 import pages
 
 PARAMETERS = 'PROFILE = "reader"\nSEED = 0\nDEVICE = "auto"'
+
+
+def as_base64(image) -> str:
+    png = io.BytesIO()
+    image.save(png, format="png", optimize=True)
+    return base64.b64encode(png.getvalue()).decode()
 
 
 def code(source, *tags, **kwargs):
@@ -162,7 +173,8 @@ def test_a_cell_without_end_and_a_kernel_that_dies_are_named(tmp_path, monkeypat
 
 def test_outputs_are_tidied():
     bar = display(text_plain="  0%|          | 0/9")
-    widget = display(text_plain="VBox(children=())", image_png="iVBOR")
+    png = as_base64(Image.new("RGB", (2, 2)))
+    widget = display(text_plain="VBox(children=())", image_png=png)
     bar.data[hygiene.VIEW] = widget.data[hygiene.VIEW] = {"model_id": "a"}
     outputs = [
         stream("\r 10%|#\r100%|##########\n"), stream("done in " + str(hygiene.ROOT / "data") + "\n"), bar, widget,
@@ -170,7 +182,27 @@ def test_outputs_are_tidied():
     ]  # fmt: skip
     kept = hygiene.tidy_outputs(outputs)
     assert [out.get("text") for out in kept] == ["100%|##########\ndone in data\n", None, "one two", None]
-    assert kept[1].data == {"image/png": "iVBOR", "text/plain": "(interactive: run this cell to move its controls)"}
+    assert kept[1].data == {"image/png": png, "text/plain": "(interactive: run this cell to move its controls)"}
+
+
+def test_pictures_are_made_lighter_and_look_the_same():
+    """A drawing with soft edges and thousands of colours; what is half transparent keeps all of them."""
+    figure = Figure(figsize=(4, 3))
+    axes = figure.subplots()
+    axes.contourf(np.add.outer(np.arange(40) ** 2, 30 * np.arange(40)), levels=30)
+    axes.plot(20 + 15 * np.sin(np.linspace(0, 9, 40)), color="white")
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    drawn = np.asarray(Image.open(png).convert("RGB"))
+    before = base64.b64encode(png.getvalue()).decode()
+    after = hygiene.lighter(before)
+    assert len(after) < 0.6 * len(before)
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(after))).convert("RGB")).astype(int)
+    ground = (drawn == 255).all(axis=-1)
+    assert (seen[ground] == 255).all() and np.abs(seen - drawn).mean() < 2 and np.abs(seen - drawn).max() < 60
+    clear = Image.fromarray(drawn).convert("RGBA")
+    clear.putalpha(100)
+    assert hygiene.lighter(as_base64(clear)) == as_base64(clear)
 
 
 def test_committed_keeps_the_author_and_the_outputs_only():

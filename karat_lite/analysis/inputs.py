@@ -15,7 +15,7 @@ def checked(model: VisionTransformer, images: Tensor, labels: Tensor | None = No
 
     Labels: (n,) whole numbers, one class of the model each.
     """
-    model._check_images(images)
+    model.check_images(images)
     if len(images) < least:
         raise ValueError(f"expected at least {least} image{'s' * (least > 1)}, got {len(images)}.")
     low, high = images.min().item(), images.max().item()

@@ -24,7 +24,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from ..checks import at_least, one_of
-from ..data import _read_image, _square, normalise
+from ..data import normalise, read_image, to_square
 from ..functional import attention_scores
 from ..not_finite import first_not_finite
 from ..vit import VisionTransformer
@@ -148,7 +148,7 @@ def class_token_maps(
 def _look(model: VisionTransformer, images: Tensor, target: Tensor | None) -> ClassTokenMaps:
     found: dict[str, list[Tensor]] = {key: [] for key in ("scores", "maps", "own", "head_sizes", "added")}
     taken, roll = [], {signs: _Rollout(signs) for signs in SIGNS}
-    model._check_images(images)
+    model.check_images(images)
     tokens = model.embed(images)
     for block in model.blocks:
         h = block.attn.num_heads
@@ -271,12 +271,12 @@ def picture(source, model: VisionTransformer) -> Picture:
     if isinstance(source, str | PathLike):
         with open(source, "rb"):  # a path that is not there says so itself
             pass
-        image = _read_image(source)
+        image = read_image(source)
     elif isinstance(source, Image.Image):
         image = source.convert("RGB")
     else:
         image = Image.fromarray(_as_bytes(source))
-    shown = _square(image, model.img_size)
+    shown = to_square(image, model.img_size)
     return Picture(normalise(shown)[None], shown)
 
 

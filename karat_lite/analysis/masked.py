@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..checks import at_least
-from ..data import _read_image, _square, load_dataset
+from ..data import load_dataset, read_image, to_square
 
 
 class Masked(NamedTuple):
@@ -65,14 +65,14 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _pair(picture: Path, mask: Path, img_size: int) -> tuple[Tensor, Tensor]:
     """One picture, (3, S, S) uint8, and its mask, (S, S) bool."""
-    image, over = _read_image(picture), _read_image(mask)
+    image, over = read_image(picture), read_image(mask)
     if image.size != over.size:
         raise ValueError(f"{picture} has {image.size} pixels, its mask {mask} {over.size}: they must be equal.")
-    inside = _square(over, img_size).float().mean(dim=0) > 127.5
+    inside = to_square(over, img_size).float().mean(dim=0) > 127.5
     if inside.all() or not inside.any():
         what = "nothing but object" if inside.all() else "no object"
         raise ValueError(
             f"{mask} shows {what} (pixels brighter than half) in the central square: a mask is white on "
             "the object and black elsewhere; remove pictures whose object lies outside."
         )
-    return _square(image, img_size), inside
+    return to_square(image, img_size), inside
