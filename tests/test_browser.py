@@ -28,7 +28,7 @@ import build
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "build" / "browser"
-DASHBOARDS = ("06_learned_functions", "07_attention_maps", "08_spectrum_and_weights", "09_loss_landscape")
+DASHBOARDS = ("08_spectrum_and_weights",)  # whose every control is moved; of the others the first slider
 REACTION = 0.3  # seconds to draw, the median over all moves of a dashboard
 NAMES = [path.stem for path in build.chosen(()) if "kl.widgets.explore" in path.read_text(encoding="utf8")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -194,7 +194,7 @@ class Page:
     def settled(self, number: int, before: str, name: str, said) -> dict:
         """Wait until the kernel has the value of the control `name` that the page shows, `said()`, and the picture is
         another one than before, and the one that the callback draws."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while time.monotonic() < end:
             truth = self.truth()[number]
             shown = self.shown(number)
@@ -227,6 +227,7 @@ def drag(page: Page, slider) -> None:
     mouse.move(x, y)
     mouse.down()
     mouse.move(track["x"] + share * track["width"], y, steps=4)
+    page.page.wait_for_timeout(200)  # a busy page is a little behind the mouse
     mouse.up()
 
 
@@ -303,6 +304,7 @@ class Control:
         mouse.down()
         beyond = track["x"] + share * track["width"] + (20 if share else -20)
         mouse.move(beyond, track["y"] + track["height"] / 2, steps=4)
+        self.page.page.wait_for_timeout(200)
         mouse.up()
 
 
