@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..bases import LinearBasis, basis_from_key
 
-AT_ONCE = 10 << 15  # scores of a block: 8 planes of 197 x 197
+AT_ONCE = 10 << 15  # scores of a block at most: 8 planes of 197 x 197
+MAPS_AT_ONCE = 7 << 18  # numbers in its maps at most: larger scratch leaves the cache and is paged in at every call
 
 
 def mix(q: Tensor, k: Tensor, right: Tensor, scale: float, basis: LinearBasis) -> Tensor:
@@ -43,16 +44,14 @@ def mix_gradients(
 
 def _mix(q: Tensor, k: Tensor, right: Tensor, scale: float, basis: LinearBasis) -> Tensor:
     q, k = q.transpose(0, 1) * scale, k.transpose(0, 1)
-    y = right.new_zeros(*q.shape[:3], right.shape[-1])
-    right = right.permute(1, 0, 4, 3, 2)  # (h, B, e, N, F)
-    mixing = basis.mixing()
-    if mixing is not None:
-        right = right @ mixing[0].to(right)
-    across = right.transpose(-2, -1).contiguous().expand(-1, q.shape[1], -1, -1, -1)  # (h, B, e, F, N)
-    for part, rows, keys, scratch in _blocks(q, k, right.shape[-1]):
+    y = right.new_zeros(*q.shape[:2], right.shape[-1], q.shape[2])  # (h, B, e, M)
+    right, mixing = right.permute(1, 0, 4, 2, 3), basis.mixing()  # (h, B, e, F, N)
+    right = right.contiguous() if mixing is None else mixing[0].to(right).mT @ right
+    across = right.expand(-1, q.shape[1], -1, -1, -1)
+    for part, rows, keys, scratch in _blocks(q, k, right.shape[3]):
         maps, _ = _see(part(q)[:, rows], part(k)[:, keys], basis, scratch)
-        part(y)[:, rows] += torch.bmm(part(across)[..., keys].flatten(2), maps.flatten(1, 2)).mT
-    return y.transpose(0, 1)
+        part(y)[..., rows].baddbmm_(part(across)[..., keys].flatten(2), maps.flatten(1, 2))
+    return y.mT.transpose(0, 1)
 
 
 def _mix_gradients(
@@ -117,17 +116,18 @@ class _Part:
 
 
 def _blocks(q: Tensor, k: Tensor, depth: int) -> Iterator[tuple[_Part, slice, slice, list[Tensor]]]:
-    """(planes, rows, keys, scratch) of blocks of about `AT_ONCE` scores: tiles first, then images, then heads.
+    """(planes, rows, keys, scratch) of blocks as large as they may be: tiles first, then images, then heads.
 
     Scratch for a block: maps (P, F, q, k) with F = `depth`, and two planes (P, q, k).
     """
     heads, images, rows, keys = *q.shape[:3], k.shape[2]
+    at_once = min(AT_ONCE, max(1, MAPS_AT_ONCE // max(1, depth)))
     some_rows, some_keys = rows, keys
-    if rows * keys > AT_ONCE:
-        side = math.isqrt(AT_ONCE)
-        some_rows, some_keys = _even(rows, max(side, AT_ONCE // keys)), _even(keys, max(side, AT_ONCE // rows))
-    planes = max(1, AT_ONCE // max(1, keys * rows))
-    some_images = max(1, min(images, planes))
+    if rows * keys > at_once:
+        side = math.isqrt(at_once)
+        some_rows, some_keys = _even(rows, max(side, at_once // keys)), _even(keys, max(side, at_once // rows))
+    planes = max(1, at_once // max(1, keys * rows))
+    some_images = _even(images, planes) if images else 1
     some_heads = min(heads, planes // some_images) if some_images == images else 1
     size = some_heads * some_images * some_rows * some_keys
     buffers = [q.new_empty(size * depth), q.new_empty(size), q.new_empty(size)]
