@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -19,13 +20,14 @@ from pathlib import Path
 import matplotlib
 import nbformat
 import pytest
-from jupyter_client import BlockingKernelClient
+from browser_page import Control, Page, drag
 from nbformat.v4 import new_code_cell, new_notebook
 
 import build
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURES = ROOT / "build" / "browser"
+DASHBOARDS = ("06_learned_functions", "07_attention_maps", "08_spectrum_and_weights", "09_loss_landscape")
+REACTION = 0.3  # seconds of a processor to draw, the median over all moves of a dashboard
 NAMES = [path.stem for path in build.chosen(()) if "kl.widgets.explore" in path.read_text(encoding="utf8")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -49,24 +51,6 @@ def draw(m=2, kind="cos", shift=0.0):
 draw()""",
     'kl.widgets.explore(draw, m=range(6), kind=["cos", "sin"], shift=(0.0, 3.0, 0.5))',
 ]
-
-# Runs in the notebook's kernel: for each explorer, what its callback draws for the values that its controls say.
-TRUTH = """
-import hashlib, json
-from karat_lite.widgets import Explorer, render
-print(json.dumps([
-    {"values": e.values, "error": e.error.value, "drawn": hashlib.sha256(render(e.draw(**e.values))).hexdigest()}
-    for _, e in sorted((n, e) for n, e in Out.items() if isinstance(e, Explorer))
-]))
-"""
-
-
-PICTURE = "img.widget-image"
-HASH = """async image => {
-    const bytes = await (await fetch(image.src)).arrayBuffer();
-    const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
-    return [...digest].map(byte => byte.toString(16).padStart(2, "0")).join("");
-}"""
 
 
 def browser_path() -> str:
@@ -128,96 +112,6 @@ def browser():
         chromium.close()
 
 
-class Page:
-    """One notebook in the browser, all its cells run."""
-
-    def __init__(self, lab, browser, name: str, nb):
-        self.address, token, self.folder = lab
-        nbformat.write(nb, self.folder / f"{name}.ipynb")
-        self.name, self.errors, self.refused = name, [], []
-        self.page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        self.page.set_default_timeout(60_000)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
-        self.page.route("**/*", self.stay_here)
-        # A workspace of its own: a shared one opens the notebooks of earlier tests again, beside this one.
-        self.page.goto(f"{self.address}/lab/workspaces/{name}/tree/{name}.ipynb?token={token}")
-        self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-        self.page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel")
-        self.page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
-        prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
-        count = sum(cell.cell_type == "code" for cell in nb.cells)
-        self.page.wait_for_function(
-            f"{prompts}.filter(prompt => /\\d/.test(prompt.innerText)).length >= {count}", timeout=120_000
-        )
-        self.page.wait_for_selector(PICTURE)
-        self.explorers = self.page.locator(f".jp-OutputArea-child:has({PICTURE})").all()
-
-    def stay_here(self, route) -> None:
-        """No request leaves this machine; what a page keeps in itself (blob:, data:) is no request."""
-        if route.request.url.startswith(self.address):
-            route.continue_()
-        else:
-            self.refused.append(route.request.url)
-            route.abort()
-
-    def truth(self) -> list[dict]:
-        """`TRUTH`, asked of the notebook's own kernel."""
-        kernel = self.page.evaluate("jupyterapp.shell.currentWidget.sessionContext.session.kernel.id")
-        client = BlockingKernelClient(connection_file=str(self.folder.parent / "runtime" / f"kernel-{kernel}.json"))
-        client.load_connection_file()
-        client.start_channels()
-        try:
-            said = []
-            hear = lambda message: said.append(message["content"].get("text", ""))  # noqa: E731
-            reply = client.execute_interactive(TRUTH, store_history=False, timeout=60, output_hook=hear)
-            assert reply["content"]["status"] == "ok", reply["content"]
-            return json.loads("".join(said))
-        finally:
-            client.stop_channels()
-
-    def shown(self, number: int) -> str:
-        """SHA-256 of the one picture that an explorer shows; more than one is a failure."""
-        explorer = self.explorers[number]
-        assert explorer.locator("img").count() == 1
-        return explorer.locator(PICTURE).evaluate(HASH)
-
-    def settled(self, number: int, before: str, name: str, said) -> dict:
-        """Wait until the kernel has the value of the control `name` that the page shows, `said()`, and the picture is
-        another one than before, and the one that the callback draws."""
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            truth = self.truth()[number]
-            shown = self.shown(number)
-            if same(truth["values"][name], said()) and shown == truth["drawn"] != before:
-                return truth
-            time.sleep(0.1)
-        pytest.fail(f"{self.name}, explorer {number}: shows {shown[:8]}, before {before[:8]}, {name} {said()}, {truth}")
-
-    def snap(self, number: int, what: str) -> None:
-        PICTURES.mkdir(parents=True, exist_ok=True)
-        self.explorers[number].screenshot(path=PICTURES / f"{self.name}_{number}_{what}.png")
-
-
-def same(value, said: str) -> bool:
-    """Whether a control's value is what the page says: a slider shows -1.5 as −1.50."""
-    return str(value) == said if isinstance(value, str) else float(said.replace("−", "-")) == pytest.approx(value)
-
-
-def drag(page: Page, slider) -> None:
-    """Take a slider's handle with the mouse and drop it well inside the other half of its track."""
-    slider.scroll_into_view_if_needed()
-    handle, track = slider.locator(".noUi-handle").bounding_box(), slider.locator(".noUi-base").bounding_box()
-    x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
-    share = 0.7 if x < track["x"] + track["width"] / 2 else 0.3
-    mouse = page.page.mouse
-    mouse.move(x, y)
-    mouse.down()
-    mouse.move(track["x"] + share * track["width"], y, steps=4)
-    page.page.wait_for_timeout(200)  # a busy page is a little behind the mouse
-    mouse.up()
-
-
 def try_sliders(page: Page) -> None:
     """Every explorer: its first slider dragged, then moved by the keyboard; one picture, the right one, every time."""
     start = page.truth()
@@ -238,6 +132,43 @@ def try_sliders(page: Page) -> None:
         explorer.get_by_text(f"{name} = {pressed['values'][name]:g}").wait_for()  # the caption follows the picture
         assert pressed["error"] == "" and explorer.locator(".karat-error").count() == 0
         page.snap(number, "keyboard")
+
+
+def try_every_control(page: Page) -> None:
+    """A dashboard: each control to both ends by mouse and keyboard; then another model, which keeps what was set."""
+    (explorer,) = page.explorers
+    found = explorer.locator(".widget-hslider, .widget-dropdown, .widget-toggle-buttons").all()
+    controls = {control.name: control for control in (Control(page, box) for box in found)}
+    start = page.truth()[0]
+    assert list(controls) == list(start["values"]) and page.shown(0) == start["drawn"]
+    seconds = []
+    for name, control in controls.items():
+        pictures, reached = {page.shown(0)}, {}
+        for end, move in control.ends():
+            move()
+            truth = page.agrees(0, name, control.said)
+            value = truth["values"][name]
+            assert reached.setdefault(end.partition(",")[0], value) == value, "mouse and keyboard reach one end"
+            pictures.add(truth["drawn"])
+            seconds.append(truth["seconds"])
+            page.snap(0, f"{name}_{end.replace(', ', '_')}")
+        assert len(pictures) > 1, f"{page.name}: the control {name} changes no picture"
+        assert reached["first"] != reached["last"]
+    slider = next(control for control in controls.values() if control.kind == "slider")
+    slider.box.locator(".noUi-handle").press("End")
+    before = page.agrees(0, slider.name, slider.said)
+    other = next(button for button in controls["model"].box.locator("button").all() if "mod-active" not in
+                 button.get_attribute("class"))  # fmt: skip
+    here = controls["model"].said()
+    other.click()
+    after = page.agrees(0, "model", controls["model"].said)
+    assert after["drawn"] != before["drawn"] and after["values"]["model"] != here
+    assert after["values"] == before["values"] | {"model": after["values"]["model"]}, "what was set is lost"
+    controls["model"].box.get_by_role("button", name=here, exact=True).click()
+    assert page.agrees(0, "model", controls["model"].said)["drawn"] == before["drawn"]
+    assert explorer.locator(".karat-error").count() == 0
+    print(f"{page.name}: median {statistics.median(seconds):.2f} s a move, {max(seconds):.2f} at most")
+    assert statistics.median(seconds) <= REACTION, seconds
 
 
 def no_complaint(page: Page) -> None:
@@ -279,5 +210,8 @@ def test_the_explorers_of_a_notebook(lab, browser, name):
         if "parameters" in cell.metadata.get("tags", []):
             cell.source = re.sub(r"(?m)^PROFILE = .*$", 'PROFILE = "smoke"', cell.source)
     page = Page(lab, browser, name, nb)
-    try_sliders(page)
+    if name in DASHBOARDS:
+        try_every_control(page)
+    else:
+        try_sliders(page)
     no_complaint(page)

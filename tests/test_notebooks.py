@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,29 +66,58 @@ def probed(run) -> dict:
 # ---- as `make tutorial` runs them -----------------------------------------------------------------------------------
 
 
+YARDSTICK = """
+import torch
+net = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+for _ in range(500):
+    net(torch.randn(64, 17, 64)).square().mean().backward()
+"""
+QUIET = 4.0  # seconds that it takes on two quiet cores, for which the budgets are
+
+
+def yardstick() -> float:
+    """Seconds of a start of Python and a training that is all small steps: what the notebooks spend their time on."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", YARDSTICK], check=True)
+    return time.perf_counter() - start
+
+
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
-    """One smoke run of all notebooks: its folder, and name -> (seconds, gigabytes) from the lines that it prints."""
+    """One smoke run of all notebooks: its folder, name -> (seconds, gigabytes) from the lines that it prints, and how
+    many times slower than two quiet cores the machine was before or after it, at least 1."""
     folder = tmp_path_factory.mktemp("build")
     command = [sys.executable, str(build.FOLDER / "build.py"), "run", "--out", str(folder)]
+    before = yardstick()
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = re.findall(r"^\[\d+/\d+\] (\w+) +([\d.]+) s +([\d.]+) GB  ok$", result.stdout, flags=re.M)
-    return folder, {name: (float(seconds), float(gigabytes)) for name, seconds, gigabytes in lines}
+    costs = {name: (float(seconds), float(gigabytes)) for name, seconds, gigabytes in lines}
+    return folder, costs, max(1.0, before / QUIET, yardstick() / QUIET)
 
 
-def test_smoke_run_stays_in_its_budget(smoke):
-    """Budgets on 2 cores: 6 minutes in all, 60 s a notebook, 30 s for the quick start, 3 GB of memory."""
-    _, costs = smoke
+def test_smoke_run_stays_in_its_budget(smoke, tmp_path):
+    """Budgets on 2 quiet cores: 6 minutes in all, 60 s a notebook, 30 s for the quick start, 3 GB of memory.
+
+    A slower or busier machine has as much longer as the yardstick took longer, and a notebook that was over its
+    budget is run once more: a neighbour's burst of work is not its fault.
+    """
+    _, costs, slow = smoke
     assert list(costs) == NAMES
-    assert sum(seconds for seconds, _ in costs.values()) <= 360, costs
-    assert all(seconds <= (30 if name == "00_quickstart" else 60) for name, (seconds, _) in costs.items()), costs
     assert max(gigabytes for _, gigabytes in costs.values()) <= 3.0, costs
+    seconds = {name: cost for name, (cost, _) in costs.items()}
+    budgets = {name: slow * (30 if name == "00_quickstart" else 60) for name in NAMES}
+    for name in [name for name in NAMES if seconds[name] > budgets[name]]:
+        again = build.execute(build.FOLDER / f"{name}.ipynb", tmp_path / f"{name}.ipynb")
+        assert again.problems == []
+        seconds[name] = min(seconds[name], again.seconds)
+        assert seconds[name] <= budgets[name], (name, costs, slow)
+    assert sum(seconds.values()) <= 360 * slow, (costs, slow)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke_run_leaves_a_page_and_undone_exercises(smoke, name):
-    folder, _ = smoke
+    folder, _, _ = smoke
     page = (folder / f"{name}.html").read_text(encoding="utf8")
     assert not re.search(r'<script|<link|src="http|url\(["\']?http', page), "the page fetches something"
     assert "undrawn" not in page, "a formula holds a command that latex2mathml does not know"
