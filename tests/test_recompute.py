@@ -58,6 +58,18 @@ def test_equals_the_reference(name, grid, size, at_once, monkeypatch):
         assert error(found, wanted) <= 1e-10 or (found - wanted).abs().max() <= 1e-12  # B-spline at one token: zeros
 
 
+@pytest.mark.parametrize("depth", [1, 4, 22, 200])
+def test_blocks_hold_every_score_once_and_keep_their_scratch_small(depth, monkeypatch):
+    monkeypatch.setattr(blocked, "AT_ONCE", 1000)
+    monkeypatch.setattr(blocked, "MAPS_AT_ONCE", 4000)
+    q, k, times = torch.empty(3, 5, 17, 2), torch.empty(3, 5, 13, 2), torch.zeros(3, 5, 17, 13)
+    for part, rows, keys, (maps, scores, _) in blocked._blocks(q, k, depth):
+        times[part.heads, part.images, rows, keys] += 1
+        assert maps.shape == (part.planes, depth, *scores.shape[1:]) and maps.numel() <= 4000
+        assert scores.numel() <= 1000
+    assert (times == 1).all()
+
+
 @pytest.mark.parametrize("grid", [1, 3, 11])
 @pytest.mark.parametrize("rank", [1, 12, None])
 def test_float32_is_as_good_as_the_definition(grid, rank):
