@@ -13,6 +13,7 @@ from .canvas import COLOURS, INK, LINES, WIDTH, label_axes, legend, need_mapping
 from .checks import one_of
 
 SIGNALS = {  # of `analysis.signal.signal_sizes`, and the norm of all gradients
+    "scores": "scores",
     "attention": "attention output / values",
     "stream": "residual stream, RMS",
     "apart": "share that tells tokens apart",
@@ -49,8 +50,8 @@ def signals_by_step(
     """How large signals are in the first steps of training, a column for every variant, a row for every signal.
 
     results: of a call with --log-every STEPS --signal. Of each signal the geometric mean over the seeds: a line for
-    each block, the first dark, the last light (the gradients' norm has one line). signals: of "attention", "stream",
-    "apart", "grad_norm"; last: the step to stop at.
+    each block, the first dark, the last light (the gradients' norm has one line). signals: of "scores", "attention",
+    "stream", "apart", "grad_norm"; last: the step to stop at.
     """
     runs = _runs_of(results, variants)
     for signal in signals:

@@ -27,6 +27,9 @@ def test_sizes_against_what_hooks_see(attention, options):
         model(images)
     ratio = [rms(out) / rms(values) for out, values in zip(seen["out"], seen["values"], strict=True)]
     found = signal_sizes(model, images)
+    with torch.no_grad():
+        records = model(images, return_attention=True)[1]
+    assert found["scores"] == pytest.approx([rms(record.scores) for record in records], rel=1e-5)
     assert found["attention"] == pytest.approx(ratio, rel=1e-5)
     assert found["stream"] == pytest.approx([rms(x) for x in seen["into"][:4]], rel=1e-5)
     apart = [((x - x.mean(1, keepdim=True)).square().sum() / x.square().sum()).item() for x in seen["into"][:4]]
@@ -57,8 +60,8 @@ def test_the_command_line_measures_signals_through_a_training(tmp_path):
         depth = int(name[-1])
         assert [record["step"] for record in run["steps"]] == [1, 4, 8]
         for record in run["steps"]:
-            sizes = [len(record[key]) for key in ("attention", "stream", "apart")]
-            assert sizes == [depth, depth + 1, depth + 1] and record["grad_norm"] > 0
+            sizes = [len(record[key]) for key in ("scores", "attention", "stream", "apart")]
+            assert sizes == [depth, depth, depth + 1, depth + 1] and record["grad_norm"] > 0
         assert run["config"]["depth"] == depth and run["config"]["init"] == name.split()[1]
     first = {name: run["steps"][0]["attention"][0] for name, run in runs.items()}
     assert first["karat variance depth 2"] > 2 * first["karat softmax depth 2"]

@@ -4,6 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..functional import attention_scores
 from ..vit import VisionTransformer
 
 
@@ -11,6 +12,7 @@ from ..vit import VisionTransformer
 def signal_sizes(model: VisionTransformer, images: Tensor) -> dict[str, list[float]]:
     """Root mean squares over all images, tokens and channels, block by block.
 
+        scores      the scores S; L numbers. Beyond pi a Fourier unit has turned: nothing in it tells S from S + 2 pi
         attention   attention's output over the values that it mixes, before its last linear map; L numbers
         stream      the residual stream: the embedding, then after each block; 1 + L numbers
         apart       share of the stream's power that tells tokens of one image apart (the rest is the tokens' mean);
@@ -19,7 +21,7 @@ def signal_sizes(model: VisionTransformer, images: Tensor) -> dict[str, list[flo
     images (B, 3, H, W) on the model's device.
     """
     tokens = model.embed(images)
-    found: dict[str, list[float]] = {"attention": [], "stream": [], "apart": []}
+    found: dict[str, list[float]] = {"scores": [], "attention": [], "stream": [], "apart": []}
 
     def look(tokens: Tensor) -> None:
         found["stream"].append(_rms(tokens))
@@ -30,6 +32,7 @@ def signal_sizes(model: VisionTransformer, images: Tensor) -> dict[str, list[flo
         q, k, v = rearrange(
             block.attn.qkv(block.norm1(tokens)), "B N (three h d) -> three B h N d", three=3, h=block.attn.num_heads
         )
+        found["scores"].append(_rms(attention_scores(q, k)))
         found["attention"].append(_rms(block.attn.activation.attend(q, k, v)) / _rms(v))
         tokens = block(tokens)
         look(tokens)
