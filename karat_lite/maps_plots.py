@@ -239,12 +239,13 @@ def quality_by_layer(summary: Sequence[Mapping], score: str = "iou", signs: str 
         raise ValueError(f"the summary holds {score!r} ({signs}) of fewer than two layers: nothing to draw.")
     width = (WIDTH - 3.05 - 0.25 * (len(attentions) - 1)) / len(attentions)
     figure, panels = sheet(1, len(attentions), (width, 2.7), margins=(0.65, 2.4, 0.55, 0.35), gaps=(0.25, 0))
+    colours = [*COLOURS, INK]  # seven kinds of map have layers
     for axes, attention in zip(panels, attentions, strict=True):
         axes.sharey(panels[0])
         for i, kind in enumerate(kinds):
             line = sorted((r["layer"], r[score]) for r in rows if (r["attention"], r["map"]) == (attention, kind))
             x, mean, std = (np.array(v) for v in zip(*((at, s["mean"], s["std"]) for at, s in line), strict=True))
-            style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[(i + i // len(COLOURS)) % len(LINES)])
+            style = dict(color=colours[i % len(colours)], linestyle=LINES[i % len(LINES)])
             axes.plot(x, mean, linewidth=2, marker="o", markersize=3.5, label=MAPS[kind], **style)
             axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.1, linewidth=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
