@@ -85,7 +85,7 @@ def yardstick() -> float:
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
     """One smoke run of all notebooks: its folder, name -> (seconds, gigabytes) from the lines that it prints, and how
-    many times slower than two quiet cores the machine was before or after it, at least 1."""
+    many times slower than two quiet cores the machine was before or after it: 1 to 3, no excuse beyond that."""
     folder = tmp_path_factory.mktemp("build")
     command = [sys.executable, str(build.FOLDER / "build.py"), "run", "--out", str(folder)]
     before = yardstick()
@@ -93,7 +93,7 @@ def smoke(tmp_path_factory):
     assert result.returncode == 0, result.stdout + result.stderr
     lines = re.findall(r"^\[\d+/\d+\] (\w+) +([\d.]+) s +([\d.]+) GB  ok$", result.stdout, flags=re.M)
     costs = {name: (float(seconds), float(gigabytes)) for name, seconds, gigabytes in lines}
-    return folder, costs, max(1.0, before / QUIET, yardstick() / QUIET)
+    return folder, costs, min(3.0, max(1.0, before / QUIET, yardstick() / QUIET))
 
 
 def test_smoke_run_stays_in_its_budget(smoke, tmp_path):
