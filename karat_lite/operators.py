@@ -185,6 +185,14 @@ class KArAtOperator(nn.Module):
                 x, (basis, coef) = apply_operator(scores, *self.units()), self.units("2")
             return mix_values(x, basis, coef, wide(v)).to(v.dtype)
 
+    def sums(self, q: Tensor, k: Tensor) -> Tensor:
+        """Y_kp = sum_q phi_pq(S_kq), units summed and nothing mixed yet: q, k (B, h, N, d) -> (B, h, N, r).
+
+        By the recompute backend, whatever `backend` says; so for a linear basis, and for orders that begin with units.
+        """
+        self._check_tokens(q)
+        return recompute(q, k, None, *self.units(), None, scale=q.shape[-1] ** -0.5)
+
     @torch.no_grad()
     def curve(self, x: Tensor, head: int, p: int, q: int, stage: str = "") -> Tensor:
         """The learned function phi_pq of one head at the points x (n,) -> (n,); stage "2" is Phi2 of phi_phi."""

@@ -89,21 +89,22 @@ def test_gradients_beyond_the_range_of_half_precision():
     assert all(x <= TOLERANCE[torch.float16] for x in found.values()), found
 
 
-@pytest.mark.parametrize("programs, groups", [(1, 1), (2, 2), (3, 3), (512, 5)])
-def test_a_shared_right_is_summed_over_groups_of_images(monkeypatch, programs, groups):
-    """Five images in groups of 5, of 3 and 2, of 2, 2 and 1, of one each."""
-    arguments, made = draw(images=5), []
+@pytest.mark.parametrize("programs, groups", [(1, 1), (2, 2), (3, 3), (1024, 5)])
+@pytest.mark.parametrize("grid, name, launches", [(3, "key_and_right_gradient", 1), (4, "right_gradient", 2)])
+def test_a_shared_right_is_summed_over_groups_of_images(monkeypatch, programs, groups, grid, name, launches):
+    """Five images in groups of 5, of 3 and 2, of 2, 2 and 1, of one each; up to three harmonics together with dK."""
+    arguments, made = draw(images=5, grid=grid), []
     monkeypatch.setattr(fourier_triton, "PROGRAMS", programs)
-    launch = fourier_triton.right_gradient
+    launch = getattr(fourier_triton, name)
 
     class Launch:
         def __getitem__(self, grid):
-            made.append(grid)
+            made.append(grid[0])
             return launch[grid]
 
-    monkeypatch.setattr(fourier_triton, "right_gradient", Launch())
+    monkeypatch.setattr(fourier_triton, name, Launch())
     found = errors(*arguments)
-    assert made == [(groups, 1)]
+    assert made == [groups] * launches
     assert all(x <= TOLERANCE[torch.float32] for x in found.values()), found
 
 
@@ -224,7 +225,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     run = subprocess.run([sys.executable, str(script), "80", "90"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     made = {line: int(line.rpartition(";")[2]) for line in run.stdout.splitlines()}
-    assert len(made) == 2 * 3 * 4  # capabilities, sizes, kernels
+    assert len(made) == 2 * (5 * 4 + 2)  # capabilities; sizes times kernels, and the one for few harmonics
     assert max(made.values()) <= 99, made
 
 
@@ -246,6 +247,25 @@ def test_as_a_backend_it_equals_the_reference(rank):
         results.append([out, *torch.autograd.grad(out.square().sum(), [packed, *operator])])
     for found, wanted in zip(*results, strict=True):
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_as_a_backend_in_half_precision(dtype):
+    """Operators' parameters are float32, as under autocast; everything that is kept for the backward pass is not."""
+    g = torch.Generator().manual_seed(1)
+    leaves = [*torch.randn(3, 2, 2, 19, 16, generator=g), torch.randn(2, 12, 19, 6, generator=g) * 0.1]
+    leaves.append(torch.randn(2, 19, 12, generator=g) * 0.1)
+    results, kept = [], []
+    for backend, kinds in (("triton", [dtype] * 3 + [torch.float32] * 2), ("reference", [torch.float64] * 5)):
+        rounded = [x.to(dtype) for x in leaves[:3]] + leaves[3:]
+        inputs = [x.to(DEVICE, kind).requires_grad_() for x, kind in zip(rounded, kinds, strict=True)]
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            out = karat_attention(*inputs[:3], make_basis("fourier", 3), *inputs[3:], backend=backend)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+        if backend == "triton":
+            assert {x.dtype for x in kept if x.shape[1] == 2} == {dtype}  # q, k, v and Y
+    for found, wanted in zip(*results, strict=True):
+        assert (found - wanted).abs().max() <= 2e-2 * wanted.abs().max()
 
 
 def test_phi_w_runs_on_it_too():

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 # ---- in a program ---------------------------------------------------------------------------------------------------
 
@@ -14,7 +15,21 @@ def _tile(base, rows, columns, row_end, column_end, row_stride, column_stride):
 
 
 @triton.jit
-def _cos_sin(x):
+def _cos_sin(x, FAST: tl.constexpr):
+    """cos x and sin x; FAST: by the GPU's own approximation once x is in [-pi, pi], to 1e-6 for |x| <= 20,000.
+
+    A unit computes it that stands idle otherwise. Beside inputs in half precision that is exact enough.
+    """
+    if FAST:
+        n = tl.floor(x * 0.15915494309 + 0.5)
+        t = ((x - n * 6.28125) - n * 1.935005187988281e-3) - n * 3.019915981956753e-7
+        return libdevice.fast_cosf(t), libdevice.fast_sinf(t)
+    else:
+        return _cos_sin_exact(x)
+
+
+@triton.jit
+def _cos_sin_exact(x):
     """cos x = 1 - 2 sin^2 t and sin x = 2 sin t cos t with t = x/2 - n pi in [-pi/2, pi/2]; to 5e-7 for |x| <= 20,000.
 
     tl.cos and tl.sin each become two branches, for small and for huge arguments, anew for every element of a tile. This
@@ -46,7 +61,7 @@ def mix(
     q_image, q_head, q_row, q_channel, k_image, k_head, k_row, k_channel, right_image,
     D: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    TYPE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Out (M, e) of one image and head: a block of rows and of e."""
     blocks = tl.cdiv(M, BLOCK_OWN)
@@ -62,7 +77,9 @@ def mix(
     for start in range(0, N, BLOCK_OTHER):
         columns = start + tl.arange(0, BLOCK_OTHER)
         keys = _tile(k, columns, d, N, D, k_row, k_channel).to(TYPE)
-        cos_1, sin_1 = _cos_sin(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale)  # (M, N) blocks
+        cos_1, sin_1 = _cos_sin(
+            tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale, FAST
+        )  # (M, N) blocks
         cos_m, sin_m = cos_1, sin_1
         for m in tl.range(0, G, loop_unroll_factor=G if G * BLOCK_E <= 64 else 1):
             # Columns beyond N count as cos 0 = 1: it is R that is 0 there.
@@ -81,7 +98,7 @@ def score_gradient(
     own_image, own_head, own_row, own_channel, other_image, other_head, other_row, other_channel, right_image,
     KEYS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    TYPE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale dS K, own rows queries; with KEYS dK = scale dS^T Q, own rows keys and every tile transposed."""
     blocks = tl.cdiv(OWN, BLOCK_OWN)
@@ -102,15 +119,15 @@ def score_gradient(
     for start in range(0, OTHER, BLOCK_OTHER):
         theirs = start + tl.arange(0, BLOCK_OTHER)
         other_rows = _tile(other, theirs, d, OTHER, D, other_row, other_channel).to(TYPE)
-        cos_1, sin_1 = _cos_sin(tl.dot(own_rows, tl.trans(other_rows), input_precision=PRECISION) * scale)
+        cos_1, sin_1 = _cos_sin(tl.dot(own_rows, tl.trans(other_rows), input_precision=PRECISION) * scale, FAST)
         grad_score = tl.zeros([BLOCK_OWN, BLOCK_OTHER], tl.float32)
         for first in range(0, E, BLOCK_E):
             e = first + tl.arange(0, BLOCK_E)
-            grad_rows = _tile(grad, theirs if KEYS else mine, e, M, E, E, 1).to(tl.float32)
+            grad_rows = _tile(grad, theirs if KEYS else mine, e, M, E, E, 1).to(GRAD)
             cos_m, sin_m = cos_1, sin_1
             for m in tl.range(0, G, loop_unroll_factor=G if G * BLOCK_E <= 64 else 1):
-                right_cos = _tile(right + m * N * E, mine if KEYS else theirs, e, N, E, E, 1).to(tl.float32)
-                right_sin = _tile(right + (G + m) * N * E, mine if KEYS else theirs, e, N, E, E, 1).to(tl.float32)
+                right_cos = _tile(right + m * N * E, mine if KEYS else theirs, e, N, E, E, 1).to(GRAD)
+                right_sin = _tile(right + (G + m) * N * E, mine if KEYS else theirs, e, N, E, E, 1).to(GRAD)
                 if KEYS:
                     grad_cos = tl.dot(right_cos, tl.trans(grad_rows), input_precision=PRECISION)
                     grad_sin = tl.dot(right_sin, tl.trans(grad_rows), input_precision=PRECISION)
@@ -120,7 +137,7 @@ def score_gradient(
                 grad_score += (m + 1) * (cos_m * grad_sin - sin_m * grad_cos)
                 cos_m, sin_m = _next(cos_m, sin_m, cos_1, sin_1)
         # Beyond OTHER grad_score is 0, because R is, or with KEYS dOut.
-        total = tl.dot(grad_score, other_rows.to(tl.float32), total, input_precision=PRECISION)
+        total = tl.dot(grad_score.to(GRAD), other_rows.to(GRAD), total, input_precision=PRECISION)
     inside = (mine[:, None] < OWN) & (d[None, :] < D)
     result += image_head * OWN * D + mine[:, None] * D + d[None, :]
     tl.store(result, (total * scale).to(result.dtype.element_ty), mask=inside)
@@ -132,7 +149,7 @@ def right_gradient(
     q_image, q_head, q_row, q_channel, k_image, k_head, k_row, k_channel,
     FIRST: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    TYPE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """dR_f = psi_f(S)^T dOut over `share` images, COUNT harmonics from FIRST + 1 on: a block of columns q and of e."""
     blocks = tl.cdiv(N, BLOCK_OWN)
@@ -151,21 +168,23 @@ def right_gradient(
         for start in range(0, M, BLOCK_OTHER):
             rows = start + tl.arange(0, BLOCK_OTHER)
             queries = _tile(q, rows, d, M, D, q_row, q_channel).to(TYPE)
-            grad_rows = _tile(grad, rows, e, M, E, E, 1).to(tl.float32)  # 0 beyond M
-            cos_1, sin_1 = _cos_sin(tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale)  # (N, M) blocks
+            grad_rows = _tile(grad, rows, e, M, E, E, 1).to(GRAD)  # 0 beyond M
+            cos_1, sin_1 = _cos_sin(
+                tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale, FAST
+            )  # (N, M) blocks
             cos_m, sin_m = cos_1, sin_1
             for _skip in tl.static_range(FIRST):
                 cos_m, sin_m = _next(cos_m, sin_m, cos_1, sin_1)
-            cos_a = tl.dot(cos_m, grad_rows, cos_a, input_precision=PRECISION)
-            sin_a = tl.dot(sin_m, grad_rows, sin_a, input_precision=PRECISION)
+            cos_a = tl.dot(cos_m.to(GRAD), grad_rows, cos_a, input_precision=PRECISION)
+            sin_a = tl.dot(sin_m.to(GRAD), grad_rows, sin_a, input_precision=PRECISION)
             if COUNT > 1:
                 cos_m, sin_m = _next(cos_m, sin_m, cos_1, sin_1)
-                cos_b = tl.dot(cos_m, grad_rows, cos_b, input_precision=PRECISION)
-                sin_b = tl.dot(sin_m, grad_rows, sin_b, input_precision=PRECISION)
+                cos_b = tl.dot(cos_m.to(GRAD), grad_rows, cos_b, input_precision=PRECISION)
+                sin_b = tl.dot(sin_m.to(GRAD), grad_rows, sin_b, input_precision=PRECISION)
             if COUNT > 2:
                 cos_m, sin_m = _next(cos_m, sin_m, cos_1, sin_1)
-                cos_c = tl.dot(cos_m, grad_rows, cos_c, input_precision=PRECISION)
-                sin_c = tl.dot(sin_m, grad_rows, sin_c, input_precision=PRECISION)
+                cos_c = tl.dot(cos_m.to(GRAD), grad_rows, cos_c, input_precision=PRECISION)
+                sin_c = tl.dot(sin_m.to(GRAD), grad_rows, sin_c, input_precision=PRECISION)
         q += q_image
         k += k_image
         grad += heads * M * E
@@ -177,6 +196,80 @@ def right_gradient(
         tl.store(partial + N * E, cos_b, mask=inside)
         tl.store(partial + (G + 1) * N * E, sin_b, mask=inside)
     if COUNT > 2:
+        tl.store(partial + 2 * N * E, cos_c, mask=inside)
+        tl.store(partial + (G + 2) * N * E, sin_c, mask=inside)
+
+
+@triton.jit
+def key_and_right_gradient(
+    grad, q, k, right, result, partial, scale, images, share, heads, M, N,
+    q_image, q_head, q_row, q_channel, k_image, k_head, k_row, k_channel,
+    D: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
+    BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    TYPE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """dK = scale dS^T Q and dR_f = psi_f(S)^T dOut at once, for G <= 3, one block of e and an R that images share."""
+    blocks = tl.cdiv(N, BLOCK_OWN)
+    group_head = (tl.program_id(0) // blocks).to(tl.int64)
+    image, head = group_head // heads * share, group_head % heads
+    columns = tl.program_id(0) % blocks * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    q += image * q_image + head * q_head
+    k += image * k_image + head * k_head
+    grad += (image * heads + head) * M * E
+    result += (image * heads + head) * N * D + columns[:, None] * D + d[None, :]
+    right += head * (2 * G * E) * N
+    of_keys = (columns[:, None] < N) & (d[None, :] < D)
+
+    cos_a = tl.zeros([BLOCK_OWN, BLOCK_E], tl.float32)
+    sin_a, cos_b, sin_b, cos_c, sin_c = cos_a, cos_a, cos_a, cos_a, cos_a
+    right_cos_a = _tile(right, columns, e, N, E, E, 1).to(GRAD)
+    right_sin_a = _tile(right + G * N * E, columns, e, N, E, E, 1).to(GRAD)
+    if G > 1:
+        right_cos_b = _tile(right + N * E, columns, e, N, E, E, 1).to(GRAD)
+        right_sin_b = _tile(right + (G + 1) * N * E, columns, e, N, E, E, 1).to(GRAD)
+    if G > 2:
+        right_cos_c = _tile(right + 2 * N * E, columns, e, N, E, E, 1).to(GRAD)
+        right_sin_c = _tile(right + (G + 2) * N * E, columns, e, N, E, E, 1).to(GRAD)
+    for _ in range(tl.minimum(share, images - image)):
+        keys = _tile(k, columns, d, N, D, k_row, k_channel).to(TYPE)
+        total = tl.zeros([BLOCK_OWN, BLOCK_D], tl.float32)
+        for start in range(0, M, BLOCK_OTHER):
+            rows = start + tl.arange(0, BLOCK_OTHER)
+            queries = _tile(q, rows, d, M, D, q_row, q_channel).to(TYPE)
+            grad_rows = _tile(grad, rows, e, M, E, E, 1).to(GRAD)  # 0 beyond M
+            across = tl.trans(grad_rows)
+            cos_1, sin_1 = _cos_sin(tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale, FAST)
+            grad_score = cos_1 * tl.dot(right_sin_a, across, input_precision=PRECISION)
+            grad_score -= sin_1 * tl.dot(right_cos_a, across, input_precision=PRECISION)
+            cos_a = tl.dot(cos_1.to(GRAD), grad_rows, cos_a, input_precision=PRECISION)
+            sin_a = tl.dot(sin_1.to(GRAD), grad_rows, sin_a, input_precision=PRECISION)
+            if G > 1:
+                cos_m, sin_m = _next(cos_1, sin_1, cos_1, sin_1)
+                grad_score += 2 * cos_m * tl.dot(right_sin_b, across, input_precision=PRECISION)
+                grad_score -= 2 * sin_m * tl.dot(right_cos_b, across, input_precision=PRECISION)
+                cos_b = tl.dot(cos_m.to(GRAD), grad_rows, cos_b, input_precision=PRECISION)
+                sin_b = tl.dot(sin_m.to(GRAD), grad_rows, sin_b, input_precision=PRECISION)
+            if G > 2:
+                cos_m, sin_m = _next(cos_m, sin_m, cos_1, sin_1)
+                grad_score += 3 * cos_m * tl.dot(right_sin_c, across, input_precision=PRECISION)
+                grad_score -= 3 * sin_m * tl.dot(right_cos_c, across, input_precision=PRECISION)
+                cos_c = tl.dot(cos_m.to(GRAD), grad_rows, cos_c, input_precision=PRECISION)
+                sin_c = tl.dot(sin_m.to(GRAD), grad_rows, sin_c, input_precision=PRECISION)
+            total = tl.dot(grad_score.to(GRAD), queries.to(GRAD), total, input_precision=PRECISION)
+        tl.store(result, (total * scale).to(result.dtype.element_ty), mask=of_keys)
+        q += q_image
+        k += k_image
+        grad += heads * M * E
+        result += heads * N * D
+    inside = (columns[:, None] < N) & (e[None, :] < E)
+    partial += group_head * (2 * G * E) * N + columns[:, None] * E + e[None, :]
+    tl.store(partial, cos_a, mask=inside)
+    tl.store(partial + G * N * E, sin_a, mask=inside)
+    if G > 1:
+        tl.store(partial + N * E, cos_b, mask=inside)
+        tl.store(partial + (G + 1) * N * E, sin_b, mask=inside)
+    if G > 2:
         tl.store(partial + 2 * N * E, cos_c, mask=inside)
         tl.store(partial + (G + 2) * N * E, sin_c, mask=inside)
 
