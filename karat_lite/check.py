@@ -1,6 +1,6 @@
 """Command line: does a checkpoint still do what its card says?
 
-python -m karat_lite.check --data data/cifar10 cifar10_softmax cifar10_g3b
+python -m karat_lite.check --data data/cifar10 cifar10_softmax cifar10_karat
 python -m karat_lite.check --data digits
 """
 
