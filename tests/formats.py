@@ -19,6 +19,16 @@ CIFAR_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "
 STL_NAMES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 
 
+def small_folder(path, size=32, each=4):
+    """An image folder: path/{train,test}/{cat,dog}/0.png ..., `each` pictures a class; returns its path."""
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (path / split / name).mkdir(parents=True)
+            for i in range(each):
+                Image.fromarray(pixels(1, size)[0].transpose(1, 2, 0)).save(path / split / name / f"{i}.png")
+    return path
+
+
 def md5(content: bytes) -> str:
     return hashlib.md5(content).hexdigest()
 

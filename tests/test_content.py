@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from formats import small_folder
 from torch import nn
 
 import karat_lite as kl
@@ -318,3 +319,17 @@ def test_bad_input_is_named(case):
     call, words = BAD[case]
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_the_table_of_a_folder_of_pictures(tmp_path):
+    """The runs have the folder's name; its pictures are read from where it lies."""
+    from karat_lite.analysis.content_table import main as tabulate
+    from karat_lite.train import main
+
+    data = small_folder(tmp_path / "deep" / "few")
+    main(f"--data {data} --epochs 1 --batch-size 4 --depth 1 --device cpu --out {tmp_path / 'runs'}".split())
+    words = f"--runs {tmp_path / 'runs'} --data {data} --calibrate 4 --results {tmp_path / 'table.json'}"
+    tabulate(words.split())
+    results = json.loads((tmp_path / "table.json").read_text())
+    assert results["data"] == {"name": "few", "test": 8, "calibration": 4, "img_size": 32}
+    assert list(results["table"]) == ["karat", "softmax"] and results["training"] == {}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from figures import pixels, texts
+from formats import small_folder
 from matplotlib.colors import LogNorm
 
 import karat_lite as kl
@@ -231,3 +232,19 @@ def test_the_table_of_runs(tmp_path, capsys):
         landscape_table.main([*command, "--images", "30"])
     with pytest.raises(ValueError, match="no runs in .*--snapshots 20"):
         landscape_table.main(["--runs", str(tmp_path), "--results", str(table)])
+
+
+def test_a_run_without_snapshots_on_a_folder_of_pictures(tmp_path):
+    """Curvature needs no path: what is said of the path is missing, not made up."""
+    from karat_lite.train import main as train
+
+    data = small_folder(tmp_path / "few")
+    train(f"--data {data} --epochs 1 --batch-size 4 --attention softmax --depth 1 --device cpu --out".split()
+          + [str(tmp_path / "runs")])  # fmt: skip
+    table = tmp_path / "table.json"
+    command = f"--runs {tmp_path / 'runs'} --data {data} --results {table} --images 8 --count 1 --iterations 4"
+    landscape_table.main([*command.split(), "--directions", "1", "--device", "cpu", "--no-progress"])
+    (run,) = (found := json.loads(table.read_text()))["runs"]
+    assert run["data"] == {"name": "few", "split": "train", "images": 8, "img_size": 32} and run["largest"] > 0
+    assert "explained_two" not in run and set(found["summary"]["softmax"]) == {
+        "seeds", "test_accuracy", "loss", "largest", "largest_plain", "largest_relative", "rise"}  # fmt: skip

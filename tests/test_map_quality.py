@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from formats import small_folder
 from PIL import Image
 
 import karat_lite as kl
@@ -338,3 +339,19 @@ def test_one_layer_and_one_head_goes_through_the_table():
     model = kl.create_model("vit_pico", img_size=16, patch_size=4, depth=1, num_heads=1).eval()
     rows = run_rows(model, load_masked("shapes", 16, 3), steps=1, fills=["mean"])
     assert all(0 <= row[name] <= 1 for row in rows for name in row if name not in ("map", "layer", "signs"))
+
+
+def test_pictures_without_masks_have_deletion_and_insertion_alone(tmp_path):
+    data = load_masked(small_folder(tmp_path / "few"), 32, limit=6)
+    assert data.masks is None and (data.name, data.images.shape, len(data.names)) == ("few", (6, 3, 32, 32), 6)
+    torch.manual_seed(0)
+    model = kl.create_model("vit_pico", img_size=32, patch_size=8, num_classes=2, depth=2).eval()
+    scores = mq.map_quality(model, data, "attention", steps=2)
+    assert set(scores) == {"deletion", "insertion"}
+    rows = run_rows(model, data, 2, ["mean"])
+    assert {row["layer"] for row in rows} == {1} and not any(row["map"] == "mask" for row in rows)
+    (row,) = (row for row in rows if (row["map"], row["signs"]) == ("attention", "signed"))
+    assert {name: row[f"{name}_mean"] for name in scores} == pytest.approx(scores)
+    assert set(row) == {"map", "layer", "signs", "deletion_mean", "insertion_mean"}
+    with pytest.raises(ValueError, match="few have no masks: take another baseline"):
+        mq.map_quality(model, data, "mask")

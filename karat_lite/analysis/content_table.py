@@ -26,14 +26,16 @@ COURSE = 500  # test images on which every snapshot of a training is judged
 def tabulate(runs: Path, data: str, limit: int | None = None, calibrate: int = 500, say: Callable = print) -> dict:
     """What `main` writes, from the folders <data>_<name>_seed<k> that `karat_lite.train --out runs` made.
 
-    limit: test images (None: all); calibrate: training images for "mean over images". The course of a training comes
-    from the first seed whose folder holds a trajectory. Raises `FileNotFoundError` where there is no such folder.
+    data: a dataset's name, or the path of an image folder, whose name the runs have. limit: test images (None: all);
+    calibrate: training images for "mean over images". The course of a training comes from the first seed whose folder
+    holds a trajectory. Raises `FileNotFoundError` where there is no such folder.
     """
+    source, data = data, Path(data).name
     folders = sorted(path.parent for path in Path(runs).glob(f"{data}_*_seed*/model.safetensors"))
     if not folders:
         raise FileNotFoundError(
             f"no {data}_<attention>_seed<k>/model.safetensors in {runs}: train some with python -m karat_lite.train "
-            f"--data {data} --attention softmax karat static pooled --seeds 0 1 2 --snapshots 20 --out {runs}."
+            f"--data {source} --attention softmax karat static pooled --seeds 0 1 2 --snapshots 20 --out {runs}."
         )
     found: dict[str, list] = {}
     courses, sets = {}, {}
@@ -43,8 +45,8 @@ def tabulate(runs: Path, data: str, limit: int | None = None, calibrate: int = 5
         model, card = load_checkpoint(folder / "model.safetensors")
         size = model.img_size
         if size not in sets:
-            test = load_dataset(card["data"], "test", img_size=size, limit=limit)[:]
-            sets[size] = *test, load_dataset(card["data"], "train", img_size=size)[:calibrate][0]
+            test = load_dataset(source, "test", img_size=size, limit=limit)[:]
+            sets[size] = *test, load_dataset(source, "train", img_size=size)[:calibrate][0]
         images, labels, calibration = sets[size]
         found.setdefault(name, []).append(_judge(model, images, labels, calibration) | {"seed": card["seed"]})
         if name not in courses and (folder / FILE).is_file():
@@ -103,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m karat_lite.analysis.content_table", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--runs", type=Path, required=True, help="folder of the runs that karat_lite.train --out wrote")
-    parser.add_argument("--data", default="shapes", help="the data set in the names of the runs")
+    parser.add_argument("--data", default="shapes", help="dataset or image folder that the runs are named after")
     parser.add_argument("--limit", type=int, help="use this many test images (default: all)")
     parser.add_argument("--calibrate", type=int, default=500, help="training images for the mean over images")
     parser.add_argument("--results", type=Path, required=True, help="JSON file to write")

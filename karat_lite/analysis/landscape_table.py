@@ -2,9 +2,10 @@
 
 python -m karat_lite.analysis.landscape_table --runs runs --results data/results/shapes_landscape.json
 
---runs holds what `karat_lite.train --out` wrote with --snapshots: a folder a run, with model.safetensors and
-trajectory.safetensors. Losses are taken on training images, with the label smoothing of the run's recipe (what was
-minimised); "plain" means without it. After every run the table is written; a call that is repeated goes on.
+--runs holds what `karat_lite.train --out` wrote: a folder a run, with model.safetensors and, from --snapshots,
+trajectory.safetensors; without it there is nothing to say about the path. Losses are taken on training images, with the
+label smoothing of the run's recipe (what was minimised); "plain" means without it. After every run the table is
+written; a call that is repeated goes on.
 """
 
 import argparse
@@ -38,12 +39,12 @@ MEASURES = {
 def main(argv: list[str] | None = None) -> None:
     """Measure every run of a folder; write runs, and mean and spread over seeds."""
     args = _parser().parse_args(argv)
-    folders = sorted(path.parent for path in args.runs.glob(f"*_seed*/{FILE}"))
+    folders = sorted(path.parent for path in args.runs.glob("*_seed*/model.safetensors"))
     folders.sort(key=lambda folder: "_softmax" not in folder.name)  # what is compared with comes first
     if not folders:
         raise ValueError(
-            f"no runs in {args.runs}: expected folders NAME_seedK with {FILE} in them, as `python -m karat_lite.train "
-            "--snapshots 20 --out FOLDER` writes."
+            f"no runs in {args.runs}: expected folders NAME_seedK with model.safetensors in them, as `python -m "
+            "karat_lite.train --snapshots 20 --out FOLDER` writes."
         )
     results = {
         "command": "python -m karat_lite.analysis.landscape_table "
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{folder.name}: already in the results")
             continue
         run = {"model": name, **measure(folder, args)}
-        print(f"{folder.name}: " + ", ".join(f"{key} {run[key]:.4g}" for key in MEASURES), flush=True)
+        print(f"{folder.name}: " + ", ".join(f"{key} {run[key]:.4g}" for key in MEASURES if key in run), flush=True)
         results["runs"].append(run)
         results["summary"] = summary(results["runs"])
         args.results.parent.mkdir(parents=True, exist_ok=True)
@@ -74,9 +75,8 @@ def measure(folder: Path, args) -> dict:
     """Everything that the table holds of one run."""
     device = pick_device(args.device)
     model, card = load_checkpoint(folder / "model.safetensors")
-    trajectory = load_trajectory(folder / FILE)
     model = model.to(device)
-    data = load_dataset(card["data"], "train", img_size=card["img_size"], limit=args.images)
+    data = load_dataset(args.data or card["data"], "train", img_size=card["img_size"], limit=args.images)
     images, labels = (part.to(device) for part in data[:])
     smoothing = card["recipe"]["label_smoothing"]
     options = dict(tolerance=args.tolerance, iterations=args.iterations, progress=args.progress)
@@ -98,6 +98,9 @@ def measure(folder: Path, args) -> dict:
         found[f"lowest{kind}"] = float(f"{spectrum.lowest:.4g}")
         found[f"products{kind}"], found[f"converged{kind}"] = spectrum.iterations, bool(spectrum.converged)
     found["rise"] = rise(model, images, labels, args.radius, args.directions, smoothing=smoothing).mean
+    if not (folder / FILE).is_file():
+        return found
+    trajectory = load_trajectory(folder / FILE)
     directions, lengths = principal_directions(trajectory), path_lengths(trajectory)
     path = path_losses(model, directions, trajectory, images, labels, smoothing=smoothing)
     return found | {
@@ -118,6 +121,8 @@ def summary(runs: list[dict]) -> dict[str, dict]:
         mine = [run for run in runs if run["model"] == name]
         found[name] = {"seeds": len(mine)}
         for key in ("test_accuracy", "loss", *MEASURES):
+            if not all(key in run for run in mine):
+                continue  # no snapshots were kept
             values = np.array([run[key] for run in mine])
             spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
             found[name][key] = {"mean": float(values.mean()), "std": spread}
@@ -149,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--runs", type=Path, required=True, help="folder of run folders")
     add("--results", type=Path, required=True, help="JSON file for the table")
+    add("--data", help="dataset or image folder, in place of the one on the runs' cards")
     add("--images", type=int, default=256, help="training images that losses are taken on")
     add("--count", type=int, default=3, help="eigenvalues")
     add("--iterations", type=int, default=60, help="products H v at most")

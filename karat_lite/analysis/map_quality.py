@@ -171,6 +171,8 @@ def make_maps(
     if kind == "random":
         return torch.rand(count, down * across, generator=torch.Generator().manual_seed(seed))
     if kind == "mask":
+        if data.masks is None:
+            raise ValueError(f"the pictures of {data.name} have no masks: take another baseline than 'mask'.")
         return coverage(data.masks, seen.grid)
     if kind == "average":
         return seen.kind("attention", layer, signs).mean(dim=0).expand(count, -1)
@@ -193,14 +195,18 @@ def map_quality(
 ) -> dict[str, float]:
     """All five scores of one kind of map of one model: means over the images of `data` (see `load_masked`).
 
+    Without masks there are two, deletion and insertion.
+
     kind: one of `KINDS` or `BASELINES`; seen: what `class_token_maps` gave for these images, to look only once.
     """
     images = normalise(data.images)
     seen = class_token_maps(model, images) if seen is None else seen
     maps = make_maps(seen, data, kind, layer, signs)
     areas = deletion_insertion(model, images, maps, steps, fill).areas()
-    scores = {**on_object(maps, data.masks, seen.grid)._asdict(), **dict(zip(ON_MODEL, areas, strict=True))}
-    return {name: values.mean().item() for name, values in scores.items()}
+    scores = {} if data.masks is None else on_object(maps, data.masks, seen.grid)._asdict()
+    return {
+        name: values.mean().item() for name, values in {**scores, **dict(zip(ON_MODEL, areas, strict=True))}.items()
+    }
 
 
 # ---- the table of a results file ------------------------------------------------------------------------------------
@@ -215,14 +221,18 @@ def run_rows(model: VisionTransformer, data: Masked, steps: int, fills, seed: in
     images = normalise(data.images)
     seen = class_token_maps(model, images)
     depth, rows = seen.maps.shape[1], []
-    cases = [(kind, layer, signs) for kind in KINDS for layer in range(depth) for signs in SIGNS]
-    for kind, layer, signs in [*cases, *((kind, depth - 1, "signed") for kind in BASELINES)]:
+    known = data.masks is not None  # else there is no ceiling, and nothing to say of blocks but the last
+    layers = range(0 if known else depth - 1, depth)
+    cases = [(kind, layer, signs) for kind in KINDS for layer in layers for signs in SIGNS]
+    baselines = [kind for kind in BASELINES if known or kind != "mask"]
+    for kind, layer, signs in [*cases, *((kind, depth - 1, "signed") for kind in baselines)]:
         maps, last = make_maps(seen, data, kind, layer, signs, seed), layer == depth - 1
         row = {"map": kind, "layer": layer, "signs": signs}
         if signs == "absolute" and torch.allclose(maps, make_maps(seen, data, kind, layer, "signed"), atol=1e-7):
             rows.append({**rows[-1], **row})  # nothing is negative: the same maps again
             continue
-        row |= {name: values.mean().item() for name, values in on_object(maps, data.masks, seen.grid)._asdict().items()}
+        scores = on_object(maps, data.masks, seen.grid)._asdict() if known else {}
+        row |= {name: values.mean().item() for name, values in scores.items()}
         for fill in fills:
             areas = deletion_insertion(model, images, maps, steps, fill).areas() if last else (None, None)
             row |= {
@@ -256,7 +266,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m karat_lite.analysis.map_quality", description=main.__doc__)
     add = parser.add_argument
     add("--runs", type=Path, required=True, help="folder with RUN/model.safetensors, one a run")
-    add("--data", default="shapes", help="shapes, or a folder with images/ and masks/")
+    add(
+        "--data",
+        default="shapes",
+        help="shapes, a folder with images/ and masks/, or one with test/<class>/ and no masks: deletion alone",
+    )
     add("--limit", type=int, default=500, help="images")
     add("--steps", type=int, default=8, help="of deletion and insertion")
     add("--fill", nargs="+", default=["mean"], choices=FILLS, help="what stands where a patch is gone")
@@ -284,9 +298,9 @@ def main(argv: list[str] | None = None) -> None:
         run |= {"trained_on": card["data"], "test_accuracy": card["metrics"]["test_accuracy"]}
         run["rows"] = run_rows(model, data, args.steps, args.fill, card["seed"])
         runs.append(run)
-        print(run["run"], {name: f"{run['rows'][-1][name]:.3f}" for name in ON_OBJECT}, "ceiling")
+        print(run["run"], {name: f"{run['rows'][-1][name]:.3f}" for name in ON_OBJECT if name in run["rows"][-1]})
     about = {"name": data.name, "images": len(data.images), "img_size": data.images.shape[-1]}
-    about["object_share"] = data.masks.double().mean().item()
+    about["object_share"] = None if data.masks is None else data.masks.double().mean().item()
     runs.sort(key=lambda run: (run["attention"] != "softmax", run["attention"], run["seed"]))
     results = {"command": command, "machine": machine(), "data": about, "steps": args.steps, "fills": args.fill}
     results |= {"summary": summarise(runs), "runs": runs}

@@ -1,4 +1,4 @@
-"""Images whose object is known: `shapes`, or a folder of pictures with a folder of masks beside it."""
+"""Images whose object is known: `shapes`, or a folder of pictures with a folder of masks beside it; or is not."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,11 +11,14 @@ from ..data import load_dataset, read_image, to_square
 
 
 class Masked(NamedTuple):
-    """images (n, 3, H, W) uint8, masks (n, H, W) bool, true on the object; labels (n,) or None; names of the images."""
+    """images (n, 3, H, W) uint8, masks (n, H, W) bool, true on the object, or None where nobody drew them.
+
+    labels (n,) or None; names of the images.
+    """
 
     name: str
     images: Tensor
-    masks: Tensor
+    masks: Tensor | None
     labels: Tensor | None
     names: list[str]
 
@@ -27,7 +30,8 @@ def load_masked(name_or_path: str | Path, img_size: int, limit: int | None = Non
         PATH/masks/cat.png   PATH/masks/more/dog.png  ...     the same names (endings may differ) and sizes
 
     The object is where a mask is brighter than half. Pictures and masks are resized to `img_size` and cropped at the
-    centre alike. limit: the first so many, in the order of their names.
+    centre alike. A folder for training, with test/<class>/, has no masks: its test part comes without. limit: the first
+    so many, in the order of their names (of a folder for training, a fixed choice).
 
     Raises `FileNotFoundError` for a folder that is not there and for pictures without a mask (the first is named);
     `ValueError` for a folder without pictures, a mask of another size than its picture, and one that holds no object,
@@ -39,6 +43,9 @@ def load_masked(name_or_path: str | Path, img_size: int, limit: int | None = Non
         data = load_dataset("shapes", "test", img_size, limit)
         return Masked("shapes", data.images, data.masks, data.labels, [f"shapes test {i}" for i in range(len(data))])
     path = Path(name_or_path)
+    if (path / "test").is_dir() and not (path / "images").is_dir():
+        data = load_dataset(path, "test", img_size, limit, in_memory=True)
+        return Masked(path.name, data.images, None, data.labels, [f"{path.name} test {i}" for i in range(len(data))])
     pictures, masks = _files(path / "images"), _files(path / "masks")
     if not pictures:
         raise ValueError(f"no pictures in {path / 'images'}: expected files such as cat.jpg, and masks/cat.png.")
