@@ -126,6 +126,13 @@ def test_compare_runs_in_turns_and_stops_in_time():
     assert said == list("ab" * 4)  # three rounds in any case
 
 
+def test_compare_lets_every_run_settle():
+    done = []
+    runs = {name: lambda name=name: done.append(name) for name in "ab"}
+    cost.compare(runs, "a", repeats=3, warm_up=False, settle=True)
+    assert "".join(done) == "aabb" * 3
+
+
 def test_compare_names_what_is_wrong():
     runs = {"softmax": lambda: None}
     with pytest.raises(ValueError, match="unknown baseline 'sofmax': did you mean 'softmax'"):
