@@ -16,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import nbformat
 
@@ -83,35 +85,41 @@ def chosen(names) -> list[Path]:
     return [everything[name] for name in everything if name in wanted]
 
 
-def each(paths, work) -> list[Run]:
-    """Run one notebook after the other, a line each; all problems are told at the end, and end the program."""
+def each(paths, work, jobs: int = 1) -> list[Run]:
+    """Run notebooks, `jobs` at a time, a line each; all problems are told at the end, and end the program."""
     runs, start = [], time.perf_counter()
-    for number, path in enumerate(paths, 1):
-        print(f"[{number}/{len(paths)}] {path.stem:<24}", end="", flush=True)
-        run = work(path)
-        runs.append(run)
-        verdict = "ok" if not run.problems else "FAILED"
-        print(f"{run.seconds:6.1f} s {run.megabytes / 1000:6.2f} GB  {verdict}", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        done = pool.map(work, paths)
+        for number, path in enumerate(paths, 1):
+            print(f"[{number}/{len(paths)}] {path.stem:<24}", end="", flush=True)
+            runs.append(run := next(done))
+            verdict = "ok" if not run.problems else "FAILED"
+            print(f"{run.seconds:6.1f} s {run.megabytes / 1000:6.2f} GB  {verdict}", flush=True)
     print(f"{len(runs)} notebooks in {time.perf_counter() - start:.0f} s")
     if failed := [f"{run.name}: {problem}" for run in runs for problem in run.problems]:
         sys.exit("\n".join(failed))
     return runs
 
 
-def build(names, out: Path) -> None:
+def build(names, out: Path, jobs: int = 1) -> None:
     """Every notebook in the smoke profile, an HTML page each, and an index that is written when all went well."""
     import pages
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "index.html").unlink(missing_ok=True)
+    # Two kernels that both want all cores take longer than one after the other.
+    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else None
+
+    one_page = Lock()
 
     def work(path):
-        run = execute(path, out / path.name, "smoke", {"PROFILE": "smoke"})
+        run = execute(path, out / path.name, "smoke", {"PROFILE": "smoke"}, env=env)
         if run.out.is_file():
-            pages.page(nbformat.read(run.out, as_version=4), out / f"{path.stem}.html")
+            with one_page:
+                pages.page(nbformat.read(run.out, as_version=4), out / f"{path.stem}.html")
         return run
 
-    pages.index(each(chosen(names), work), out / "index.html")
+    pages.index(each(chosen(names), work, jobs), out / "index.html")
     print(f"Open {out / 'index.html'}")
 
 
@@ -223,6 +231,7 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="execute in the smoke profile and make pages")
     run.add_argument("--out", type=Path, default=ROOT / "build")
+    run.add_argument("--jobs", type=int, default=2 if (os.cpu_count() or 1) > 1 else 1, help="at a time (%(default)s)")
     run.add_argument("names", nargs="*")
     verbs.add_parser("commit", help="execute in the reader profile, in place").add_argument("names", nargs="*")
     verbs.add_parser("check", help="check the committed notebooks")
@@ -230,7 +239,9 @@ def main() -> None:
     verbs.add_parser("overview", help="draw the README's picture")
     options = parser.parse_args()
     if options.verb == "run":
-        build(options.names, options.out)
+        if options.jobs < 1:
+            parser.error(f"--jobs must be at least 1, given {options.jobs}")
+        build(options.names, options.out, options.jobs)
     elif options.verb == "commit":
         commit(options.names)
     else:

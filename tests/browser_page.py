@@ -37,7 +37,7 @@ HASH = """async image => {
 
 
 class Page:
-    """One notebook in the browser, all its cells run."""
+    """One notebook in the browser. It begins to run at once; `wait` for its end before anything else."""
 
     def __init__(self, lab, browser, name: str, nb):
         self.address, token, self.folder = lab
@@ -52,14 +52,22 @@ class Page:
         self.page.goto(f"{self.address}/lab/workspaces/{name}/tree/{name}.ipynb?token={token}")
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
         self.page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel")
-        self.page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+        self.page.evaluate("() => void jupyterapp.commands.execute('notebook:run-all-cells')")
+        self.cells = sum(cell.cell_type == "code" for cell in nb.cells)
+
+    def wait(self) -> None:
+        """Until all cells have run and the explorers show their pictures."""
         prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
-        count = sum(cell.cell_type == "code" for cell in nb.cells)
         self.page.wait_for_function(
-            f"{prompts}.filter(prompt => /\\d/.test(prompt.innerText)).length >= {count}", timeout=120_000
+            f"{prompts}.filter(prompt => /\\d/.test(prompt.innerText)).length >= {self.cells}", timeout=180_000
         )
         self.page.wait_for_selector(PICTURE)
         self.explorers = self.page.locator(f".jp-OutputArea-child:has({PICTURE})").all()
+
+    def close(self) -> None:
+        """The kernel ends, too."""
+        self.page.evaluate("jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        self.page.close()
 
     def stay_here(self, route) -> None:
         """No request leaves this machine; what a page keeps in itself (blob:, data:) is no request."""

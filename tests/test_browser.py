@@ -22,12 +22,13 @@ import nbformat
 import pytest
 from browser_page import Control, Page, drag
 from nbformat.v4 import new_code_cell, new_notebook
+from pace import slowness
 
 import build
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARDS = ("06_learned_functions", "07_attention_maps", "08_spectrum_and_weights", "09_loss_landscape")
-REACTION = 0.3  # seconds of a processor to draw, the median over all moves of a dashboard
+REACTION = 0.3  # seconds of a quiet processor to draw, the median over all moves of a dashboard
 NAMES = [path.stem for path in build.chosen(()) if "kl.widgets.explore" in path.read_text(encoding="utf8")]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -75,6 +76,7 @@ def lab(tmp_path_factory):
         "HOME": str(home), "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
         "MPLCONFIGDIR": matplotlib.get_configdir(),  # finding all fonts again takes seconds
         "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT)]),
+        "OMP_NUM_THREADS": "1",  # two notebooks at a time
     }  # fmt: skip
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -168,19 +170,21 @@ def try_every_control(page: Page) -> None:
     assert page.agrees(0, "model", controls["model"].said)["drawn"] == before["drawn"]
     assert explorer.locator(".karat-error").count() == 0
     print(f"{page.name}: median {statistics.median(seconds):.2f} s a move, {max(seconds):.2f} at most")
-    assert statistics.median(seconds) <= REACTION, seconds
+    if statistics.median(seconds) > REACTION:
+        assert statistics.median(seconds) <= REACTION * slowness(), seconds
 
 
 def no_complaint(page: Page) -> None:
     """Nothing went wrong in the page, and nothing was asked of the network."""
     assert page.errors == [] and page.refused == []
     assert page.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
-    page.page.close()
+    page.close()
 
 
 def test_an_explorer_in_jupyterlab(lab, browser):
     """Every kind of control; a callback that fails is told under the controls, beside the last good picture."""
     page = Page(lab, browser, "tiny", new_notebook(cells=list(map(new_code_cell, TINY)), metadata=build.hygiene.KERNEL))
+    page.wait()
     assert page.page.locator(".jp-RenderedImage img").count() == 1  # the figure at the end of the cell before
     try_sliders(page)
     (explorer,) = page.explorers
@@ -201,15 +205,37 @@ def test_an_explorer_in_jupyterlab(lab, browser):
     no_complaint(page)
 
 
+@pytest.fixture(scope="module")
+def opened(request, lab, browser):
+    """opened(name) -> Page. While hands are at one notebook, the next that is asked for runs already."""
+
+    def page(name):
+        nb = nbformat.read(build.FOLDER / f"{name}.ipynb", as_version=4)
+        for cell in nb.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+            if "parameters" in cell.metadata.get("tags", []):
+                cell.source = re.sub(r"(?m)^PROFILE = .*$", 'PROFILE = "smoke"', cell.source)
+        if name not in DASHBOARDS:  # what comes after the last explorer runs in test_notebooks.py
+            del nb.cells[1 + max(i for i, cell in enumerate(nb.cells) if "kl.widgets.explore(" in cell.source) :]
+        return Page(lab, browser, name, nb)
+
+    items = [item for item in request.session.items if "opened" in getattr(item, "fixturenames", ())]
+    names, pages = [item.callspec.params["name"] for item in items], {}
+
+    def of(name):
+        for each in names[names.index(name) :][:2]:
+            if each not in pages:
+                pages[each] = page(each)
+        pages[name].wait()
+        return pages[name]
+
+    return of
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_explorers_of_a_notebook(lab, browser, name):
-    nb = nbformat.read(build.FOLDER / f"{name}.ipynb", as_version=4)
-    for cell in nb.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-        if "parameters" in cell.metadata.get("tags", []):
-            cell.source = re.sub(r"(?m)^PROFILE = .*$", 'PROFILE = "smoke"', cell.source)
-    page = Page(lab, browser, name, nb)
+def test_the_explorers_of_a_notebook(opened, name):
+    page = opened(name)
     if name in DASHBOARDS:
         try_every_control(page)
     else:
