@@ -14,7 +14,7 @@ from karat_lite.kernels import fourier_programs
 from karat_lite.kernels.fourier_triton import _plan
 
 CASES = {  # type: (d, e, G), modular heads of ViT-Tiny and the largest full-rank heads
-    torch.float16: [(64, 12, 3)],
+    torch.float16: [(64, 12, 3), (128, 128, 16)],
     torch.bfloat16: [(64, 12, 3), (128, 128, 16)],
     torch.float32: [(128, 128, 16)],
 }

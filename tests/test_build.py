@@ -5,6 +5,8 @@ import io
 import json
 import re
 import resource
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -262,3 +264,28 @@ def test_a_page_fetches_nothing(tmp_path):
 
 def test_an_unknown_formula_is_shown_as_written():
     assert '<code class="undrawn">\\nosuchcommand{x}</code>' in pages.markdown("$\\nosuchcommand{x}$")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_notebooks_run_as_many_at_a_time_as_asked(jobs, capsys):
+    """Lines stay in reading order, whoever is done first."""
+    running, most = [], []
+
+    def work(path):
+        running.append(path)
+        most.append(len(running))
+        time.sleep(0.1 if path.stem == "a" else 0.05)
+        running.remove(path)
+        return build.Run(path.stem, path, "smoke")
+
+    paths = [Path(name) for name in "abcd"]
+    assert [run.name for run in build.each(paths, work, jobs)] == list("abcd")
+    assert max(most) == jobs
+    assert re.findall(r"^\[\d/4\] (\w)", capsys.readouterr().out, flags=re.M) == list("abcd")
+
+
+def test_no_notebook_at_a_time_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["build.py", "run", "--jobs", "0"])
+    with pytest.raises(SystemExit):
+        build.main()
+    assert "--jobs must be at least 1, given 0" in capsys.readouterr().err

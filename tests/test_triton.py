@@ -225,7 +225,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     run = subprocess.run([sys.executable, str(script), "80", "90"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     made = {line: int(line.rpartition(";")[2]) for line in run.stdout.splitlines()}
-    assert len(made) == 2 * (4 * 4 + 2)  # capabilities; sizes times kernels, and the one for few harmonics
+    assert len(made) == 2 * (5 * 4 + 2)  # capabilities; sizes times kernels, and the one for few harmonics
     assert max(made.values()) <= 99, made
 
 
