@@ -3,6 +3,7 @@
 A variant is what such a table calls "attention": softmax, karat, or what differs within the call ("karat paper").
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -21,10 +22,10 @@ SIGNALS = {  # of `analysis.signal.signal_sizes`, and the norm of all gradients
 }
 
 
-def accuracy_by_epoch(results: Mapping, variants: Sequence[str] | None = None) -> Figure:
+def accuracy_by_epoch(results: Mapping, variants: Sequence[str] | Mapping[str, str] | None = None) -> Figure:
     """Test accuracy epoch by epoch: for every variant the mean of its seeds as a line, in a band from worst to best.
 
-    variants: which, in which order; None takes all.
+    variants: which, in which order, or a dict that says what to call each; None takes all.
     """
     runs = _runs_of(results, variants)
     beside = 1.5 + 0.072 * max(map(len, runs))
@@ -45,13 +46,17 @@ def accuracy_by_epoch(results: Mapping, variants: Sequence[str] | None = None) -
 
 
 def signals_by_step(
-    results: Mapping, variants: Sequence[str], signals: Sequence[str] = ("attention", "grad_norm"), last: int = 500
+    results: Mapping,
+    variants: Sequence[str] | Mapping[str, str],
+    signals: Sequence[str] = ("attention", "grad_norm"),
+    last: int = 500,
 ) -> Figure:
     """How large signals are in the first steps of training, a column for every variant, a row for every signal.
 
     results: of a call with --log-every STEPS --signal. Of each signal the geometric mean over the seeds: a line for
-    each block, the first dark, the last light (the gradients' norm has one line). signals: of "scores", "attention",
-    "stream", "apart", "grad_norm"; last: the step to stop at.
+    each block, the first dark, the last light (the gradients' norm has one line). variants: which, in which order, or a
+    dict that says what to call each; signals: of "scores", "attention", "stream", "apart", "grad_norm"; last: the step
+    to stop at.
     """
     runs = _runs_of(results, variants)
     for signal in signals:
@@ -59,7 +64,9 @@ def signals_by_step(
     if any("steps" not in run for mine in runs.values() for run in mine):
         raise ValueError("these runs have no steps: train with --log-every STEPS --signal to measure them.")
     side = min(2.6, (WIDTH - 0.9) / len(runs) - 0.15)
-    shape = dict(margins=(0.75, 0.15, 0.55, 0.3), gaps=(0.15, 0.2))
+    titles = [textwrap.fill(name, max(8, int(11 * side))) for name in runs]  # 11 letters an inch
+    above = 0.14 + 0.16 * max(title.count("\n") + 1 for title in titles)
+    shape = dict(margins=(0.75, 0.15, 0.55, above), gaps=(0.15, 0.2))
     figure, panels = sheet(len(signals), len(runs), (side, 1.7), **shape)
     for i, signal in enumerate(signals):
         row, logged = panels[i * len(runs) :], [_over_seeds(name, mine, signal, last) for name, mine in runs.items()]
@@ -77,19 +84,20 @@ def signals_by_step(
             axes.yaxis.set_minor_locator(NullLocator())
             axes.tick_params(labelleft=first, labelbottom=lowest, which="both")
             if i == 0:
-                axes.set_title(list(runs)[j], fontsize=10, color=INK)
+                axes.set_title(titles[j], fontsize=10, color=INK)
     return figure
 
 
-def _runs_of(results: Mapping, variants: Sequence[str] | None) -> dict[str, list]:
-    """Variant -> its runs."""
+def _runs_of(results: Mapping, variants: Sequence[str] | Mapping[str, str] | None) -> dict[str, list]:
+    """Variant, or what to call it -> its runs."""
     need_mapping("results", results)
     if not results.get("runs"):
         raise ValueError("results hold no runs: give what `python -m karat_lite.train --results` wrote.")
     found: dict[str, list] = {}
     for run in results["runs"]:
         found.setdefault(run["attention"], []).append(run)
-    return {one_of("variant", name, found): found[name] for name in (found if variants is None else variants)}
+    chosen = variants if isinstance(variants, Mapping) else {name: name for name in (variants or found)}
+    return {title: found[one_of("variant", name, found)] for name, title in chosen.items()}
 
 
 def _over_seeds(name: str, runs: list, signal: str, last: int) -> tuple[np.ndarray, np.ndarray]:

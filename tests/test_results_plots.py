@@ -51,6 +51,18 @@ def test_signals_are_geometric_means_of_the_seeds_a_line_for_each_block():
     assert "attention output / values" in texts(figure) and "norm of all gradients" in texts(figure)
 
 
+def test_variants_can_be_called_something_else_and_long_names_keep_to_their_column():
+    accuracies = {"karat rank 12 paper depth 6": [0.1], "softmax depth 6": [0.2]}
+    figure = accuracy_by_epoch(table(**accuracies), {"karat rank 12 paper depth 6": "the paper's start"})
+    assert [line.get_label() for line in figure.axes[0].lines] == ["the paper's start: 10.0 %"]
+    many = {f"karat rank 12 paper depth {depth}": [0.1] for depth in range(7)}
+    figure = signals_by_step(table(**many), list(many), ("attention",))
+    figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False)), "titles do not run into each other"
+    assert max(box.y1 for box in boxes) <= figure.bbox.y1, "nor out of the figure"
+
+
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="results hold no runs"):
         accuracy_by_epoch({"runs": []})
