@@ -170,6 +170,29 @@ def test_a_cell_without_end_and_a_kernel_that_dies_are_named(tmp_path, monkeypat
     assert re.match(r"papermill ended with \d+ at cell 2: .*DeadKernelError", problem), problem
 
 
+def test_a_kernel_that_does_not_start_is_started_again(tmp_path, monkeypatch):
+    tried = tmp_path / "tried"
+    script = f"""
+import os, sys
+tried = len(open({str(tried)!r}).read()) if os.path.exists({str(tried)!r}) else 0
+open({str(tried)!r}, "a").write("x")
+if tried < int(os.environ["DYING"]):
+    os._exit(1)
+os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *sys.argv[1:]])
+"""
+    folder = tmp_path / "jupyter" / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    argv = [sys.executable, "-c", script, "-f", "{connection_file}"]
+    (folder / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "slow", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("DYING", "1")
+    assert run(new_notebook(cells=[code("print(1)")]), tmp_path / "twice").problems == []
+    assert tried.read_text() == "xx"
+    monkeypatch.setenv("DYING", "99")
+    (problem,) = run(new_notebook(cells=[code("print(1)")]), tmp_path / "never").problems
+    assert "Kernel died before replying" in problem and len(tried.read_text()) == 2 + build.STARTS
+
+
 # ---- what is committed ----------------------------------------------------------------------------------------------
 
 
