@@ -124,7 +124,7 @@ PAPER = Recipe(
 )
 RECIPES = {
     # Seconds: the tutorial's smoke profile. Fewer epochs, no smoothing, so that accuracy rises early.
-    "smoke": Recipe(epochs=8, warmup_epochs=1.0, label_smoothing=0.0),
+    "smoke": Recipe(epochs=4, warmup_epochs=1.0, label_smoothing=0.0),
     # Minutes: 8- to 32-pixel images on a laptop.
     "small": SMALL,
     # The same for small photographs, CIFAR above all, with the augmentation that everyone gives them.

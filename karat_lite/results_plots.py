@@ -96,7 +96,9 @@ def _runs_of(results: Mapping, variants: Sequence[str] | Mapping[str, str] | Non
     found: dict[str, list] = {}
     for run in results["runs"]:
         found.setdefault(run["attention"], []).append(run)
-    chosen = variants if isinstance(variants, Mapping) else {name: name for name in (variants or found)}
+    if variants is not None and len(variants) == 0:
+        raise ValueError(f"no variant is chosen: name some of {', '.join(found)}, or give None for all.")
+    chosen = variants if isinstance(variants, Mapping) else {name: name for name in variants or found}
     return {title: found[one_of("variant", name, found)] for name, title in chosen.items()}
 
 

@@ -86,21 +86,22 @@ def test_smoke_run_stays_in_its_budget(smoke, tmp_path):
     """Budgets on 2 quiet cores: 6 minutes in all, 60 s a notebook, 30 s for the quick start, 3 GB of memory.
 
     A slower or busier machine has as much longer as the yardstick of pace.py took longer, and a notebook that was over
-    its budget, beside another one, is run once more by itself.
+    its budget, beside another one, is run by itself, twice if need be: a neighbour's burst passes, a slow cell stays.
     """
     _, costs, minutes, slow = smoke
     assert list(costs) == NAMES
     assert max(gigabytes for _, gigabytes in costs.values()) <= 3.0, costs
     assert minutes <= 6 * slow, (minutes, slow, costs)
     for name, (seconds, _) in costs.items():
-        budget = 30 if name == "00_quickstart" else 60
-        if seconds > budget * slow:
+        budget, alone = 30 if name == "00_quickstart" else 60, []
+        while min([seconds, *alone]) > budget * slow:
+            assert len(alone) < 2, (name, alone, slow, costs)
             before = slowness()
             smoke_only = {"PROFILE": "smoke"}
             again = build.execute(build.FOLDER / f"{name}.ipynb", tmp_path / "again.ipynb", parameters=smoke_only)
             assert again.problems == []
+            alone.append(again.seconds)
             slow = max(slow, before, slowness())
-            assert again.seconds <= budget * slow, (name, again.seconds, slow, costs)
 
 
 @pytest.mark.parametrize("name", NAMES)

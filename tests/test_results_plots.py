@@ -68,6 +68,9 @@ def test_what_cannot_be_drawn_is_refused():
         accuracy_by_epoch({"runs": []})
     with pytest.raises(ValueError, match="variant.*karatt.*karat"):
         accuracy_by_epoch(table(karat=[0.1]), ["karatt"])
+    for none in ([], {}):
+        with pytest.raises(ValueError, match="no variant is chosen: name some of karat, or give None for all"):
+            accuracy_by_epoch(table(karat=[0.1]), none)
     with pytest.raises(ValueError, match="signal.*streem"):
         signals_by_step(table(a=[0.1]), ["a"], ["streem"])
     with pytest.raises(ValueError, match="not logged up to step 0"):
