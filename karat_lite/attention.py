@@ -137,8 +137,8 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, return_attention: bool = False):
         """x (B, N, dim) -> (B, N, dim); with `return_attention` a pair of that and an `AttentionRecord`."""
-        if not return_attention and few_units.pays(x, self.qkv, self.proj, self.activation):
-            return few_units.attend_tokens(x, self.qkv, self.proj, self.activation)
+        if not return_attention and few_units.pays(x, self):
+            return few_units.attend_tokens(x, self)
         q, k, v = rearrange(self.qkv(x), "B N (three h d) -> three B h N d", three=3, h=self.num_heads).unbind(0)
         out = self.activation.attend(q, k, v)
         out = self.proj(rearrange(out, "B h N d -> B N (h d)"))

@@ -7,6 +7,7 @@ whose parameters stand inside the non-linearity have a file of their own: edge_b
 """
 
 import ast
+import inspect
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -68,8 +69,16 @@ def make_basis(basis: "str | Basis", grid: int = 3, **options) -> "Basis":
 
 
 def basis_from_key(key: str) -> "Basis":
-    """The basis that a `Basis.key` names."""
-    name, grid, options, base = ast.literal_eval(key)
+    """The basis that a `Basis.key` names: torch.compile keeps a basis as text."""
+    try:
+        name, grid, options, base = ast.literal_eval(key)
+    except (ValueError, SyntaxError):
+        raise ValueError(
+            f"torch.compile makes a basis again from its name and options, which must be plain numbers, text, lists or "
+            f"dicts, got {key}: give plain ones, or do not compile."
+        ) from None
+    if not name:
+        raise ValueError("torch.compile makes a basis again from its name, and this one has none: register_basis it.")
     basis = make_basis(name, grid, **options)
     return basis if base is None else basis.with_base(base)
 
@@ -82,14 +91,21 @@ def wide(x: Tensor) -> Tensor:
 class Basis:
     """What both kinds of basis have in common: a name, a grid size, a number of parameters per edge, a start.
 
-    `options` holds the arguments beside the grid; `make_basis(name, grid, **options)` builds the like.
+    `options` holds the arguments beside the grid; `make_basis(name, grid, **options)` builds the like. They are taken
+    down when an object is made, so that a subclass need not; it may replace them by what it made of them.
     """
 
     name: str = ""
     default_base: str = "zero"  # the base activation b(x) that an operator takes unless told otherwise
 
+    def __new__(cls, *args, **kwargs):
+        made = super().__new__(cls)
+        given = inspect.signature(cls.__init__).bind_partial(made, *args, **kwargs).arguments
+        made.options = dict(list(given.items())[2:])  # but for self and the grid
+        return made
+
     def __init__(self, grid: int):
-        self.grid, self.options = at_least("grid", grid, 1), {}
+        self.grid = at_least("grid", grid, 1)
 
     @property
     def key(self) -> str:

@@ -112,6 +112,8 @@ def main(argv: list[str] | None = None, sizes: Sizes | None = None) -> None:
         results = {"command": command.strip(), **run(sizes, device)}
         write_whole(path, lambda temporary: temporary.write_text(as_text(results)))
         print(f"written: {path}")
+    elif not path.is_file():
+        raise ValueError(f"--draw needs the measurements, and there is no {path}: run without --draw first.")
     from .bench_plots import as_png, bench_figure  # matplotlib is not everybody's
 
     png = as_png(bench_figure(json.loads(path.read_text())))

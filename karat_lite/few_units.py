@@ -19,15 +19,20 @@ from .bases import LinearBasis
 from .operators import KArAtOperator
 
 
-def pays(x: Tensor, qkv: nn.Module, proj: nn.Module, activation: nn.Module) -> bool:
-    """Whether `attend_tokens` computes this layer, and sooner than products in their usual order.
+def pays(x: Tensor, layer: nn.Module) -> bool:
+    """Whether `attend_tokens` computes this `MultiHeadAttention`, and sooner than products in their usual order.
 
     Yes for at most d / 2 units a head in w_phi, the recompute backend, float32 or float64 on a CPU. Not under autocast,
     where Y would be rounded to half precision, and not on a GPU, where nobody has measured it. The projections must be
-    plain `nn.Linear` without hooks: who replaces or watches them (adapters, pruning, a probe) wants to see them run.
+    plain `nn.Linear` with a bias and without hooks, and the operator's `attend` its own: who replaces or watches them
+    (adapters, pruning, a probe) wants to see them run.
     """
-    operator = activation
+    operator = layer.activation
     if not isinstance(operator, KArAtOperator) or operator.weight is None or operator.order != "w_phi":
+        return False
+    if type(operator).attend is not KArAtOperator.attend or "attend" in vars(operator):
+        return False
+    if operator.num_heads != layer.num_heads:  # the operator will say so
         return False
     if operator.simplex or operator.backend not in ("auto", "recompute") or not isinstance(operator.basis, LinearBasis):
         return False
@@ -35,16 +40,17 @@ def pays(x: Tensor, qkv: nn.Module, proj: nn.Module, activation: nn.Module) -> b
         return False
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    return all(type(m) is nn.Linear and m.weight.dtype == x.dtype and not _watched(m) for m in (qkv, proj))
+    return all(_plain(m) and m.weight.dtype == x.dtype for m in (layer.qkv, layer.proj))
 
 
-def _watched(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(len(of_a_kind) for of_a_kind in hooks)
+def _plain(m: nn.Module) -> bool:
+    hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+    return type(m) is nn.Linear and m.bias is not None and not any(hooks)
 
 
-def attend_tokens(x: Tensor, qkv: nn.Linear, proj: nn.Linear, operator: KArAtOperator) -> Tensor:
+def attend_tokens(x: Tensor, layer: nn.Module) -> Tensor:
     """x (B, N, dim) -> (B, N, dim), projections included: what `MultiHeadAttention` computes, without V and O."""
+    qkv, proj, operator = layer.qkv, layer.proj, layer.activation
     dim, h, r = x.shape[-1], operator.num_heads, operator.rank
     qk_weight, v_weight = qkv.weight.split([2 * dim, dim])
     qk_bias, v_bias = qkv.bias.split([2 * dim, dim])

@@ -63,10 +63,13 @@ class _EdgeUnits(torch.autograd.Function):
     """sum_q phi(x_q; theta_pq): x (h, q, 1, rows), theta (h, q, p, 1, P) -> (h, p, rows); keeps x and theta alone."""
 
     @staticmethod
-    def forward(ctx, x, theta, basis):
-        ctx.save_for_backward(x, theta)
-        ctx.basis = basis
+    def forward(x, theta, basis):
         return basis.evaluate(x, theta).sum(dim=1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, theta, ctx.basis = inputs
+        ctx.save_for_backward(x, theta)
 
     @staticmethod
     def backward(ctx, grad):
@@ -127,7 +130,8 @@ def karat_attention(
             "contraction"  the same numbers without the activated map, readable; keeps scores and maps for the backward
                            pass. Any basis; can be differentiated twice.
             "recompute"    keeps q, k, v, coef, weight and Y alone, computes the rest again, block by block. Any linear
-                           basis, any device; differentiable once.
+                           basis, any device; differentiable once (torch.func.grad of Fourier too; for other
+                           transforms of torch.func take "contraction").
             "triton"       the same, for the Fourier basis on a GPU, in fused kernels: scores never reach its memory.
             "auto"         (default) "triton" on a GPU where it can serve, else "recompute" for a linear basis, else
                            "contraction".
@@ -237,8 +241,10 @@ def project_simplex(y: Tensor) -> Tensor:
         rho = max{i : y_(i) - (sum_{j<=i} y_(j) - 1) / i > 0},  y_(1) >= y_(2) >= ... (Condat 2016; paper, section 1).
 
     float16 and bfloat16 are projected in float32 and returned in their type. Raises `ValueError` for rows that are not
-    finite, or have no entry.
+    finite, or have no entry, `TypeError` for integers.
     """
+    if not y.is_floating_point():
+        raise TypeError(f"project_simplex needs numbers with a fraction, got {y.dtype}: give y.float().")
     if y.ndim == 0 or y.shape[-1] == 0:
         raise ValueError(f"project_simplex needs rows with at least one entry, got shape {tuple(y.shape)}.")
     if not torch.compiler.is_compiling() and not y.sum().isfinite() and not y.isfinite().all():

@@ -25,6 +25,8 @@ def recompute(
     the result is Y (B, h, M, r) itself, the sums of units over keys. `fused` takes the GPU kernels of
     kernels/fourier_triton.py, which are for the Fourier basis, in place of kernels/blocked.py.
     """
+    if fused and q.dtype != k.dtype:  # the kernels read both as one type
+        q, k = (x.to(torch.promote_types(q.dtype, k.dtype)) for x in (q, k))
     tensors = (q, k, v, coef, weight)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _Recompute.apply(*tensors, scale, basis, fused)[0]
@@ -76,8 +78,12 @@ class _OnlyOnce(torch.autograd.Function):
     """Passes gradients on, and says what to do when they are differentiated in their turn."""
 
     @staticmethod
-    def forward(ctx, count, *tensors):
+    def forward(count, *tensors):
         return tuple(x.clone() for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # separate, or torch.func could not pass through
+        pass
 
     @staticmethod
     def backward(ctx, *grads):

@@ -177,6 +177,8 @@ def test_the_command_line_explains_itself(tmp_path, capsys):
         bench.main(["--threads", "0", "--results", str(tmp_path / "no.json")])
     with pytest.raises(ValueError, match="unknown device .*'tpu'"):
         bench.main(["--device", "tpu"])
+    with pytest.raises(ValueError, match="there is no .*no.json: run without --draw first"):
+        bench.main(["--draw", "--results", str(tmp_path / "no.json")])
     assert not list(tmp_path.iterdir())
 
 

@@ -8,7 +8,7 @@ from torch.nn.utils import prune
 import karat_lite as kl
 from karat_lite import few_units
 from karat_lite.analysis import cost
-from karat_lite.attention import KArAttention, SoftmaxActivation
+from karat_lite.attention import KArAttention, MultiHeadAttention, SoftmaxActivation
 
 
 def layer(rank=8, dim=64, heads=2, tokens=17, **options):
@@ -20,7 +20,7 @@ def layer(rank=8, dim=64, heads=2, tokens=17, **options):
 
 
 def taken(made, x) -> bool:
-    return few_units.pays(x, made.qkv, made.proj, made.activation)
+    return few_units.pays(x, made)
 
 
 def tokens(images=3, n=17, dim=64):
@@ -93,6 +93,27 @@ def softmax():
     return made
 
 
+class Doubled(kl.KArAtOperator):
+    def attend(self, q, k, v):
+        return 2 * super().attend(q, k, v)
+
+
+def derived():
+    return MultiHeadAttention(64, 2, Doubled(2, 17, rank=8)).double()
+
+
+def patched():
+    made = layer()
+    made.activation.attend = lambda q, k, v: 2 * type(made.activation).attend(made.activation, q, k, v)
+    return made
+
+
+def without_bias(name):
+    made = layer()
+    made.get_submodule(name).register_parameter("bias", None)
+    return made
+
+
 ASIDE = {
     "more than d / 2 units": lambda: layer(rank=17),
     "full rank": lambda: layer(rank=None),
@@ -104,6 +125,10 @@ ASIDE = {
     "a projection that is watched": hooked,
     "a projection that is no nn.Linear": replaced,
     "a projection that is pruned": pruned,
+    "queries without a bias": lambda: without_bias("qkv"),
+    "an output without a bias": lambda: without_bias("proj"),
+    "an operator that attends in its own way": derived,
+    "an operator whose attend was replaced": patched,
 }
 
 
@@ -112,6 +137,20 @@ def test_steps_aside(why):
     made, x = ASIDE[why](), tokens()
     assert not taken(made, x)
     assert made(x).isfinite().all()
+
+
+@pytest.mark.parametrize("make", [derived, patched])
+def test_an_attend_of_its_own_is_what_the_layer_computes(make):
+    made, x = make(), tokens()
+    plain = MultiHeadAttention(64, 2, kl.KArAtOperator(2, 17, rank=8)).double()
+    plain.load_state_dict(made.state_dict())
+    with torch.no_grad():
+        assert ((made(x) - made.proj.bias) - 2 * (plain(x) - plain.proj.bias)).abs().max() <= 1e-10
+
+
+def test_an_operator_for_other_heads_is_refused_as_before():
+    with pytest.raises(ValueError, match="built for 4 heads and 17 tokens"):
+        MultiHeadAttention(64, 2, kl.KArAtOperator(4, 17, rank=8))(tokens().float())
 
 
 def test_steps_aside_under_autocast_and_for_half_precision():

@@ -268,6 +268,21 @@ def test_as_a_backend_in_half_precision(dtype):
         assert (found - wanted).abs().max() <= 2e-2 * wanted.abs().max()
 
 
+def test_queries_and_keys_of_two_types():
+    """As where one of them was under autocast: read as the wider of the two."""
+    g = torch.Generator().manual_seed(2)
+    q, k, v = torch.randn(3, 1, 1, 9, 16, generator=g).to(DEVICE)
+    q = q.bfloat16().requires_grad_()
+    coef, basis = torch.randn(1, 9, 9, 6, generator=g).to(DEVICE), make_basis("fourier", 3)
+    results = []
+    for backend in ("triton", "reference"):
+        out = karat_attention(q, k, v, basis, coef, backend=backend)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [q])])
+    (found, slope), (wanted, its) = results
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert slope.dtype == torch.bfloat16 and (slope - its).abs().max() <= 2e-2 * its.abs().max()
+
+
 def test_phi_w_runs_on_it_too():
     torch.manual_seed(0)
     operator = KArAtOperator(2, 9, rank=4, order="phi_w").to(DEVICE)

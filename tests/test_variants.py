@@ -289,6 +289,8 @@ def test_rows_that_cannot_be_projected_are_named(bad):
         project_simplex(y)
     with pytest.raises(ValueError, match=r"at least one entry, got shape \(3, 0\)"):
         project_simplex(torch.zeros(3, 0))
+    with pytest.raises(TypeError, match=r"numbers with a fraction, got torch.int64: give y.float\(\)"):
+        project_simplex(torch.tensor([1, 1]))
 
 
 # ---- another grid of tokens -----------------------------------------------------------------------------------------
