@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -165,6 +166,11 @@ def multiple_of_pi(value: float, _) -> str:
     whole, half = divmod(abs(halves), 2)
     number = f"{abs(halves) if abs(halves) > 1 else ''}π/2" if half else f"{whole if whole > 1 else ''}π"
     return ("−" if halves < 0 else "") + number
+
+
+def in_order(i: int, count: int) -> tuple:
+    """The colour of the i-th of `count` things that follow each other: dark first, light last."""
+    return colormaps[POSITIVE](0.9 * i / max(1, count - 1))
 
 
 def short(value: float) -> str:

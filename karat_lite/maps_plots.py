@@ -230,7 +230,10 @@ def quality_scores(summary: Sequence[Mapping], layer: int | None = None, scores:
 
 
 def quality_by_layer(summary: Sequence[Mapping], score: str = "iou", signs: str = "signed") -> Figure:
-    """How one score of every kind of map changes from layer to layer: a panel for each attention, bands over seeds."""
+    """How one score of every kind of map changes from layer to layer: a panel for each attention, bands over seeds.
+
+    A grey line is the random map's score, where the summary has it.
+    """
     one_of("score", score, SCORES)
     rows = [row for row in _of(summary) if row["signs"] == signs and score in row]
     attentions = list(dict.fromkeys(row["attention"] for row in rows))
@@ -240,6 +243,7 @@ def quality_by_layer(summary: Sequence[Mapping], score: str = "iou", signs: str 
     width = (WIDTH - 3.05 - 0.25 * (len(attentions) - 1)) / len(attentions)
     figure, panels = sheet(1, len(attentions), (width, 2.7), margins=(0.65, 2.4, 0.55, 0.35), gaps=(0.25, 0))
     colours = [*COLOURS, INK]  # seven kinds of map have layers
+    chance = {row["attention"]: row[score]["mean"] for row in rows if row["map"] == "random"}
     for axes, attention in zip(panels, attentions, strict=True):
         axes.sharey(panels[0])
         for i, kind in enumerate(kinds):
@@ -248,6 +252,8 @@ def quality_by_layer(summary: Sequence[Mapping], score: str = "iou", signs: str 
             style = dict(color=colours[i % len(colours)], linestyle=LINES[i % len(LINES)])
             axes.plot(x, mean, linewidth=2, marker="o", markersize=3.5, label=MAPS[kind], **style)
             axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.1, linewidth=0)
+        if attention in chance:
+            axes.axhline(chance[attention], color="#8a8a8a", linewidth=1.5, label=MAPS["random"], zorder=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(attention, fontsize=10, color=INK, loc="left")
         label_axes(axes, "layer", SCORES[score].strip("← →") if axes is panels[0] else "")

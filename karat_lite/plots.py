@@ -22,6 +22,7 @@ from .canvas import (
     colour_bar,
     colour_scale,
     hang,
+    in_order,
     label_axes,
     legend,
     multiple_of_pi,
@@ -58,10 +59,10 @@ def training_curves(histories: Mapping[str, History | Sequence[Mapping]]) -> Fig
         loss.plot(epoch, test, linewidth=2, label=f"{name}, test", **style, **dot)
         accuracy.plot(epoch, right, linewidth=2, label=f"{name}: {right[-1]:.1f} % at the end", **style, **dot)
     loss.set_ylim(bottom=0)
-    for axes, label, corner in ((loss, "cross-entropy (nats)", "upper"), (accuracy, "test accuracy (%)", "lower")):
+    for axes, label in ((loss, "cross-entropy (nats)"), (accuracy, "test accuracy (%)")):
         label_axes(axes, "epoch", label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        legend(axes, loc=f"{corner} right")
+        legend(axes, loc="best")
     return figure
 
 
@@ -262,7 +263,7 @@ def learned_functions(
 
 
 def costs(rows: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Ways of doing one thing, a line each, and a panel for every quantity that they cost, on a logarithmic axis.
+    """Ways of doing one thing, dark to light, and a panel for every quantity that they cost, on a logarithmic axis.
 
     rows: name -> quantity with its unit -> value. Beside a panel stands each value, and how many times the first row's
     it is (where that is not 1 anyway).
@@ -286,7 +287,7 @@ def costs(rows: Mapping[str, Mapping[str, float]]) -> Figure:
         axes.set_xlim(10 ** (low - room), 10 ** (high + room))
         for j, value in enumerate(column):
             axes.plot([axes.get_xlim()[0], value], [j, j], color="#cccccc", linewidth=1.5, zorder=1)
-            axes.plot(value, j, "o", color=COLOURS[j % len(COLOURS)], markersize=7)
+            axes.plot(value, j, "o", color=in_order(j, len(names)), markersize=7)
             beside = dict(xycoords=("axes fraction", "data"), va="center", color=INK, fontsize=8.5)
             axes.annotate(said[j][i], (1.04, j), **beside)
         axes.set_ylim(len(names) - 0.5, -0.5)
@@ -306,7 +307,8 @@ def roofline(points: Mapping[str, tuple[float, float]], flops: float, bytes: flo
     """What a machine can do at most, and what was reached: operations per byte across, operations per second up.
 
     points: name -> (operations per byte visited, operations per second). flops, bytes: the limits, per second. A name
-    stands at the right, at its point's height or as near as there is room, with a thin line to the point.
+    stands at the right, at its point's height or as near as there is room, with a thin line to the point. Colours go
+    from dark to light in the order of the points, as in `costs`.
     """
     need_mapping("points", points)
     dots = as_array("points", list(points.values()), 2)
@@ -330,8 +332,8 @@ def roofline(points: Mapping[str, tuple[float, float]], flops: float, bytes: flo
     order = np.argsort(-dots[:, 1])
     height_of = lambda value: np.log10(value / 1e9 / up[0]) / np.log10(up[1] / up[0])  # noqa: E731
     heights = apart(height_of(dots[order, 1]), gap=0.068, top=height_of(flops) - 0.03)
-    for i, (j, at) in enumerate(zip(order, heights, strict=True)):
-        colour, line = COLOURS[i % len(COLOURS)], dict(arrowstyle="-", linewidth=0.8, shrinkA=0, relpos=(0, 0.5))
+    for j, at in zip(order, heights, strict=True):
+        colour, line = in_order(j, len(points)), dict(arrowstyle="-", linewidth=0.8, shrinkA=0, relpos=(0, 0.5))
         axes.annotate(list(points)[j], dots[j] / (1, 1e9), (1.03, at), textcoords="axes fraction", va="center",
                       fontsize=9, color=INK, arrowprops=line | {"color": colour})  # fmt: skip
         axes.plot(dots[j, 0], dots[j, 1] / 1e9, "o", color=colour, markersize=8, markeredgecolor="white", zorder=4)

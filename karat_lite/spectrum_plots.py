@@ -8,7 +8,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from .analysis.spectrum import Bands, bands, effective_rank
 from .analysis.weights import Histograms, WeightStatistics
-from .canvas import COLOURS, FAINT, INK, LINES, WIDTH, as_array, label_axes, legend, need_mapping, sheet
+from .canvas import COLOURS, FAINT, INK, LINES, WIDTH, as_array, in_order, label_axes, legend, need_mapping, sheet
 from .checks import at_least
 
 SIDES = ("before", "after")  # the activation
@@ -122,7 +122,7 @@ def ridges(panels: Mapping[str, Histograms], steps: Sequence[int], columns: int 
         middles = (found.edges[:-1] + found.edges[1:]) / 2
         heights = found.density / found.density.max() * tallest
         for t in reversed(range(times)):
-            colour = _time_colour(t, times)
+            colour = in_order(t, times)
             panel.fill_between(middles, t, t + heights[t], color=colour, linewidth=0, zorder=2 * (times - t))
             panel.plot(middles, t + heights[t], color="white", linewidth=0.7, zorder=2 * (times - t) + 1)
         panel.set_title(kind, fontsize=10, color=INK, loc="left")
@@ -255,11 +255,11 @@ def head_through_training(
     density.stairs(histograms.density[snapshot], histograms.edges, fill=True, color=COLOURS[0], alpha=0.6, label="now")
     density.stairs(histograms.density[0], histograms.edges, color=INK, linewidth=1.2, label="at the start")
     least = 0.5 / (statistics.count * np.diff(histograms.edges)[0])  # half a weight in a bin
-    density.set(yscale="log", ylim=(least, 2 * histograms.density.max()))
+    density.set(yscale="log", ylim=(least, 8 * histograms.density.max()))  # above, a line for the legend
     _log_axis(density)
     said = f"std {statistics.std[snapshot]:.3g}, beyond 4 std {100 * statistics.beyond4[snapshot]:.2g} %"
     density.set_title(f"{kind}: {said}", fontsize=10, color=INK, loc="left")
-    legend(density, loc="upper right")
+    legend(density, loc="upper right", ncols=2)
     label_axes(density, "weight", "density")
     kurtosis.axhline(0, color=INK, linewidth=0.8)
     kurtosis.plot(steps, statistics.kurtosis, color=COLOURS[0], linewidth=1.8)
@@ -329,10 +329,3 @@ def _mark_step(panel, step: int) -> None:
 def _step_axis(panel) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-
-
-def _time_colour(t: int, times: int):
-    """From dark at the start to light at the end."""
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](0.9 * t / max(1, times - 1))

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -207,6 +208,10 @@ def source_problems(nb, folder: Path):
     for i, _ in tagged(nb, "exercise"):
         if i not in whole:
             yield f"cell {i + 1}: no cell tagged `check` and no folded ```python solution after the exercise"
+    text = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+    sections = [int(number) for number in re.findall(r"^## (\d+) · ", text, re.M)]
+    if any(after != before + 1 for before, after in pairwise(sections)):
+        yield f"sections are numbered {', '.join(map(str, sections))}: one is lost, or two have one number"
     for i, cell in enumerate(nb.cells):
         if cell.cell_type == "code" and len(cell.source.splitlines()) > MAX_LINES:
             yield f"cell {i + 1} has {len(cell.source.splitlines())} lines, {MAX_LINES} at most"

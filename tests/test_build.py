@@ -87,6 +87,7 @@ BROKEN = {
     "carries the metadata ['injected-parameters']": code("SED = 1", "injected-parameters"),
     "fetches a picture": new_markdown_cell("![badge](https://example.org/x.svg)"),
     "links to 09_nothing.ipynb": new_markdown_cell("[next](09_nothing.ipynb)"),
+    "sections are numbered 1, 2, 4: one is lost": new_markdown_cell("## 1 · A\n\n## 2 · B\n\n## 4 · D"),
     "shows a widget view": code("w", outputs=[new_output("display_data", {hygiene.VIEW: {"model_id": "a"}})]),
 }
 

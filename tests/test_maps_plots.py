@@ -117,6 +117,7 @@ def test_layers_are_followed():
     left, right = maps_plots.quality_by_layer(SUMMARY).axes
     assert np.allclose(left.lines[0].get_ydata(), [0.2, 0.4]) and np.allclose(right.lines[0].get_ydata(), [0.25, 0.3])
     assert left.get_title(loc="left") == "softmax" and left.get_ylabel() == "best IoU"
+    assert [line.get_ydata()[0] for line in right.lines if line.get_label() == "random"] == [0.1]
     band = left.collections[0].get_paths()[0].vertices[:, 1]
     assert band.max() == pytest.approx(0.5) and band.min() == pytest.approx(0.19)
 
