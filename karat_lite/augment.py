@@ -34,7 +34,9 @@ def batches(
     steps = range(start, len(data) // size)
     slices = [order[step * size + i * share : step * size + (i + 1) * share].tolist() for step in steps]
     if recipe.single_pictures:
-        data = Pictures(data, img_size, timm_transform(recipe, img_size, training=True), key=(seed, epoch))
+        data = Pictures(
+            data, img_size, timm_transform(recipe, img_size, training=True, mirrors=data.mirrors), key=(seed, epoch)
+        )
     for step, (images, labels) in zip(steps, _read(data, slices, workers, device), strict=True):
         if not recipe.single_pictures:
             generator = _generator(BATCH, seed, epoch, step)
@@ -93,18 +95,25 @@ def mix(images: Tensor, labels: Tensor, recipe: Recipe, classes: int, key: tuple
         return both(images, labels)
 
 
-def timm_transform(recipe: Recipe, img_size: int, training: bool):
-    """timm's transform from a PIL picture to (3, img_size, img_size) in [-1, 1], with the recipe's settings."""
+def timm_transform(recipe: Recipe, img_size: int, training: bool, mirrors: bool = True):
+    """timm's transform from a PIL picture to (3, img_size, img_size) in [-1, 1], with the recipe's settings.
+
+    mirrors: whether a picture may be mirrored at all (`data.mirrors`). Raises `ValueError` for an `auto_augment` that
+    timm cannot read.
+    """
     # timm's own means and deviations are ImageNet's; ours make [-1, 1] of every picture.
     options = dict(input_size=img_size, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
     if training:
         options |= dict(
-            is_training=True, scale=recipe.crop_scale, ratio=recipe.crop_ratio, hflip=recipe.flip,
+            is_training=True, scale=recipe.crop_scale, ratio=recipe.crop_ratio, hflip=recipe.flip * mirrors,
             color_jitter=recipe.color_jitter, auto_augment=recipe.auto_augment,
         )  # fmt: skip
     else:
         options |= dict(crop_pct=recipe.test_crop)
-    transform = _timm().create_transform(**options)
+    try:
+        transform = _timm().create_transform(**options)
+    except (AssertionError, ValueError, KeyError) as error:  # timm asserts what it expects of the text
+        raise ValueError(f"timm cannot read auto_augment = {recipe.auto_augment!r}: {error or 'unknown'}.") from error
     for step in transform.transforms:
         for op in getattr(step, "ops", ()):
             if op.name.startswith("Posterize"):

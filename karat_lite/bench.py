@@ -27,7 +27,7 @@ from .analysis import cost
 from .analysis.rivals import Case, Layer, Model, Rival, feature_form, karat_kinds, workspace
 from .analysis.verdict import LARGE, described, growth, targets
 from .checkpoints import write_whole
-from .checks import at_least
+from .checks import at_least, run_command
 from .training import pick_device
 from .vit import SIZES
 
@@ -363,4 +363,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,8 +8,8 @@ import argparse
 from pathlib import Path
 
 from .checkpoints import available_checkpoints, load_checkpoint
-from .data import load_dataset
-from .evaluation import evaluate
+from .checks import run_command
+from .evaluation import evaluate, load_tested
 
 TOLERANCE = 0.001  # of accuracy: other processors round otherwise, and an image on the border may change sides
 
@@ -24,18 +24,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("checkpoints", nargs="*", help="names or paths")
     args = parser.parse_args(argv)
-    test_data, wanted = None, Path(args.data).name.split("_")[0]
-    checked, wrong = 0, 0
+    wanted = Path(args.data).name.split("_")[0]
+    loaded, checked, wrong = {}, 0, 0
     for name in args.checkpoints or available_checkpoints():
         model, card = load_checkpoint(name)
-        if not args.checkpoints and card["data"].split("_")[0] != wanted:
+        trained_on = card.get("data", "data that it does not name")
+        if not args.checkpoints and trained_on.split("_")[0] != wanted:
             continue
-        if test_data is None or test_data.img_size != model.img_size:
-            test_data = load_dataset(args.data, "test", img_size=model.img_size)
+        if "test_accuracy" not in card.get("metrics", {}):
+            raise ValueError(f"the card of {name} tells no test accuracy: there is nothing to compare with.")
+        key = (model.img_size, str(card.get("recipe")))
+        if key not in loaded:
+            loaded = {key: load_tested(args.data, model, card)}  # one at a time: all of CIFAR-10 is large
+        test_data = loaded[key]
         accuracy, expected = evaluate(model, test_data, args.device)["accuracy"], card["metrics"]["test_accuracy"]
         off = abs(accuracy - expected) > TOLERANCE
         checked, wrong = checked + 1, wrong + off
-        print(f"{name:24s} {accuracy:.2%} on {len(test_data):,} images, card {expected:.2%}{'  DIFFERENT' * off}")
+        print(f"{name:24s} {accuracy:.2%} on {len(test_data):,} images, card {expected:.2%}"
+              + f"  DIFFERENT (trained on {trained_on})" * off)  # fmt: skip
     if checked == 0:
         raise SystemExit(f"no committed checkpoint was trained on {args.data}: there are {available_checkpoints()}.")
     if wrong:
@@ -43,4 +49,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -24,6 +24,14 @@ def at_least(what: str, value, minimum: int) -> int:
     return int(value)
 
 
+def run_command(main) -> None:
+    """Call `main` as a command: what its user can mend is told in one line, without a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
 def divides(small_name: str, small: int, large_name: str, large: int) -> None:
     """Raise `ValueError` unless `small` divides `large`; the message names the nearest sizes that would do."""
     if large % small == 0:

@@ -12,6 +12,7 @@ Every dataset yields pairs (image, label): image (3, H, W) float32 in [-1, 1], l
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -273,6 +274,10 @@ def read_image(file: Path):
 
     try:
         with Image.open(file) as opened:
+            if opened.mode.startswith("I;16"):  # 16 bits of grey, which Pillow would cut off at 255
+                return Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)).convert("RGB")
+            if opened.mode in ("I", "F"):
+                raise ValueError(f"its numbers have no known range, mode {opened.mode}: save it with 8 or 16 bits")
             return opened.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises any of these for a damaged file
         raise ValueError(

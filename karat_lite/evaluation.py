@@ -1,11 +1,29 @@
 """How good a model is on labelled images."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import in_order
+from .augment import as_tested, in_order
+from .data import FILES_SIZE, NAMED, load_dataset
 from .processes import Engine, pick_device
+from .recipes import Recipe
+
+
+def load_part(data: str | Path, split: str, recipe: Recipe, img_size: int | None = None, limit: int | None = None):
+    """A part of a dataset as `recipe` trains on it: at `img_size`, or, where pictures are cropped one by one, whole."""
+    if not recipe.single_pictures:
+        return load_dataset(data, split, img_size=img_size, limit=limit)
+    files = data in FILES_SIZE or data not in NAMED
+    return load_dataset(data, split, limit=limit, in_memory=False if files else None)
+
+
+def load_tested(data: str | Path, model, card: dict):
+    """The test part of a dataset, seen as the training on a checkpoint's `card` tested `model`."""
+    recipe = Recipe(**card.get("recipe", {}))
+    return as_tested(load_part(data, "test", recipe, model.img_size), recipe, model.img_size)
 
 
 def evaluate(

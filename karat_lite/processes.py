@@ -28,6 +28,8 @@ class Engine:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, PartialState
 
+        if precision == "float16" and device.type == "cpu":
+            raise ValueError("precision float16 is for GPUs, a CPU computes it in float32: take bfloat16 or float32.")
         if device.index is not None:
             torch.cuda.set_device(device)
         # accelerate keeps device and precision of the first training for the whole process. A notebook trains more than

@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 
 from .checkpoints import CHECKPOINTS, load_checkpoint, save_checkpoint, write_whole
-from .data import load_dataset
-from .evaluation import evaluate
+from .checks import run_command
+from .evaluation import evaluate, load_tested
 from .trajectory import FILE, TRAJECTORIES
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     model, card = load_checkpoint(args.run / "model.safetensors")
     before = card["metrics"]["test_accuracy"]
     model = model.half().float()
-    found = evaluate(model, load_dataset(args.data, "test", img_size=model.img_size), args.device)
+    found = evaluate(model, load_tested(args.data, model, card), args.device)
     card["metrics"] |= {"test_loss": found["loss"], "test_accuracy": found["accuracy"], "test_top5": found["top5"]}
     path = save_checkpoint(CHECKPOINTS / f"{args.name}.safetensors", model.half(), {**card, "precision": "float16"})
     print(f"{path.name}: {found['accuracy']:.2%}, before rounding {before:.2%}, {path.stat().st_size / 1e6:.2f} MB")
@@ -42,4 +42,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from .checks import at_least, one_of
 
@@ -19,7 +20,7 @@ class Recipe:
     # Schedule: warm-up from warmup_lr to lr, then half a cosine down to min_lr.
     lr: float = 2e-3  # peak, at this batch size; pico models take more than the usual 5e-4
     min_lr: float = 1e-5  # the cosine ends here, as in the paper's recipe
-    warmup_epochs: float = 2.0  # attention scores settle before large steps
+    warmup_epochs: float = 2.0  # attention scores settle before large steps; at most all steps but the last
     warmup_lr: float = 0.0
 
     # AdamW. Its first average has decay 0.9: what the paper's table calls momentum.
@@ -47,6 +48,7 @@ class Recipe:
     precision: str = "float32"  # of matrix products; scores and basis functions stay in float32 whatever this says
 
     def __post_init__(self):
+        self._check_numbers()
         at_least("recipe's epochs", self.epochs, 1)
         at_least("recipe's batch_size", self.batch_size, 1)
         at_least("recipe's shift", self.shift, 0)
@@ -69,17 +71,32 @@ class Recipe:
         self._need("operator_decay", self.operator_decay is None or self.operator_decay >= 0, ">= 0, or None")
         for name, most in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
             if (pair := getattr(self, name)) is not None:
-                object.__setattr__(self, name, pair := tuple(pair))  # JSON and the command line give lists
+                if not isinstance(pair, list | tuple) or not all(isinstance(x, Real) for x in pair):
+                    raise TypeError(f"recipe's {name} must be two numbers, got {pair!r}.")
+                object.__setattr__(self, name, pair := tuple(pair))  # JSON gives lists
                 fits = len(pair) == 2 and 0 < pair[0] <= pair[1] <= most
                 self._need(name, fits, f"two numbers, 0 < least <= most <= {most:g}")
         if self.single_pictures and self.shift:
             raise ValueError("a recipe's shift is for whole batches, crop_scale for single pictures: take one of them.")
-        if not self.single_pictures and (self.color_jitter or self.auto_augment or self.test_crop != 1.0):
-            raise ValueError("color_jitter, auto_augment and test_crop need crop_scale: they work on single pictures.")
+        if not self.single_pictures:
+            for name in ("color_jitter", "auto_augment", "test_crop", "crop_ratio"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"a recipe's {name} needs crop_scale: it works on single pictures.")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(
                 f"mixup and cutmix pair a batch with itself: batch_size must be even, got {self.batch_size}."
             )
+
+    def _check_numbers(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type not in (float, float | None) or (value is None and field.type is not float):
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(
+                    f"recipe's {field.name} must be a number, got {value!r} of type {type(value).__name__}."
+                )
+            self._need(field.name, math.isfinite(value) or (field.name == "clip_norm" and value > 0), "a finite number")
 
     @property
     def single_pictures(self) -> bool:

@@ -10,7 +10,6 @@ Every field of a recipe is an option of that name: --epochs 3 --mixup 0 --ema 0.
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -25,8 +24,9 @@ from .analysis.signal import signal_sizes
 from .augment import as_tested, in_order
 from .bases import BASE_ACTIVATIONS, available_bases
 from .checkpoints import write_whole
-from .data import FILES_SIZE, NAMED, load_dataset
-from .evaluation import evaluate
+from .checks import at_least, run_command
+from .data import NAMED
+from .evaluation import evaluate, load_part
 from .history import History
 from .operators import INITS, ORDERS
 from .processes import pick_device
@@ -39,18 +39,15 @@ def main(argv: list[str] | None = None) -> None:
     """Train every variant with every seed; all runs of one call share data, recipe and steps."""
     args = _parser().parse_args(argv)
     command = "python -m karat_lite.train " + shlex.join(sys.argv[1:] if argv is None else argv)
-    changed = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
-    recipe = make_recipe(args.recipe, **{name: value for name, value in changed.items() if value is not None})
+    changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
+    recipe = make_recipe(args.recipe, **changed)
     first = int(os.environ.get("RANK", 0)) == 0  # of several processes one speaks and writes
     say = print if first else lambda *_: None
-    size = args.img_size or (224 if recipe.single_pictures else None)
-    stored = None if recipe.single_pictures else size  # single pictures are cropped and resized from the whole
-    files = recipe.single_pictures and (args.data in FILES_SIZE or args.data not in NAMED)
-    load = functools.partial(load_dataset, args.data, in_memory=False if files else None)
-    train_data = load("train", img_size=stored, limit=args.limit)
-    test_data = load("test", img_size=stored or train_data.img_size)
-    larger = None if args.resize_to is None else load_dataset(args.data, "test", img_size=args.resize_to)
-    size = size or train_data.img_size
+    _check_options(args)
+    train_data = load_part(args.data, "train", recipe, args.img_size, args.limit)
+    size = args.img_size or (224 if recipe.single_pictures else train_data.img_size)
+    test_data, larger = load_part(args.data, "test", recipe, size), args.resize_to
+    resized_data = larger and as_tested(load_part(args.data, "test", recipe, larger), recipe, larger)
     variants = _variants(args)
 
     def build(variant, seed):
@@ -62,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     for variant in variants:
         model = build(variant, seed=0)  # an option that does not fit is told before anything is trained, not after
         if larger is not None:
-            resize(model, larger.img_size)
+            resize(model, larger)
 
     results = {
         "command": command,
@@ -70,11 +67,11 @@ def main(argv: list[str] | None = None) -> None:
         "data": {"name": train_data.name, "train": len(train_data), "test": len(test_data), "img_size": size},
         "recipe": dataclasses.asdict(recipe),
         "summary": {},
-        "runs": _runs_so_far(args, command),
+        "runs": _runs_so_far(args, variants),
     }
     there = {(run["attention"], run["seed"]) for run in results["runs"]}
     options = dict(device=args.device, workers=args.workers, snapshots=args.snapshots, log_every=args.log_every)
-    options |= dict(save_minutes=args.save_minutes, card={"command": command})
+    options |= dict(save_minutes=args.save_minutes, card={"command": command}, progress=not args.no_progress)
     if args.signal:
         if not args.log_every:
             raise ValueError("--signal measures at logged steps: add --log-every STEPS.")
@@ -91,11 +88,10 @@ def main(argv: list[str] | None = None) -> None:
             history = train(model, train_data, test_data, recipe, seed=seed, out=out, resume=resume, **options)
             results["runs"].append(_line(variant, seed, model, history))
             if larger is not None:
-                resized = evaluate(resize(model, larger.img_size), larger, args.device)
-                results["runs"][-1]["resized"] = {"img_size": larger.img_size, "accuracy": resized["accuracy"]}
+                resized = evaluate(resize(model, larger), resized_data, args.device)
+                results["runs"][-1]["resized"] = {"img_size": larger, "accuracy": resized["accuracy"]}
             results["summary"] = _summaries(results["runs"])
             if args.results is not None and first:  # after every run: an interruption loses one, not all
-                args.results.parent.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(results, indent=1)
                 write_whole(args.results, lambda temporary, text=text: temporary.write_text(text + "\n"))
     for name, line in _summaries(results["runs"]).items():
@@ -133,6 +129,13 @@ def _variants(args) -> dict[str, dict]:
         raise ValueError(
             "--softmax-heads and --softmax-layers are for hybrids: add --attention hybrid, or leave them out."
         )
+    if not set(args.attention) & set(LEARNED):
+        taken = ("grid", "rank", "basis", "order", "base", "simplex", "mode", "init")
+        idle = [f"--{name}" for name in taken if getattr(args, name) != _parser().get_default(name)]
+        if idle:
+            raise ValueError(
+                f"{', '.join(idle)}: for attention that learns ({', '.join(LEARNED)}), got {' '.join(args.attention)}."
+            )
     found: dict[str, dict] = {}
     several = {name for name in ("basis", "order", "init", "rank", "mode", "depth") if len(getattr(args, name)) > 1}
     for attention in args.attention:
@@ -150,23 +153,61 @@ def _variants(args) -> dict[str, dict]:
             if attention == "hybrid":
                 options |= dict(softmax_heads=args.softmax_heads, softmax_layers=args.softmax_layers)
             said = {"basis": basis, "order": order, "mode": mode, "rank": f"rank {rank}", "init": init}
+            if order == "full":
+                del said["rank"]  # it has none: one variant, however many ranks the others have
             words = [attention, *(said[name] for name in said if name in several), *words]
             found[" ".join(words)] = options
     return found
 
 
-def _runs_so_far(args, command: str) -> list[dict]:
-    """With --resume, the runs that an interrupted call of the same command left in its results file."""
+def _check_options(args) -> None:
+    """What can be told before anything is loaded; --results can be written, or the runs would be lost with it."""
+    for name, least in (("img_size", 1), ("patch_size", 1), ("resize_to", 1), ("workers", 0), ("log_every", 0)):
+        if (value := getattr(args, name)) is not None:
+            at_least(f"--{name.replace('_', '-')}", value, least)
+    for seed in args.seeds:
+        if args.seeds.count(at_least("a seed", seed, 0)) > 1:
+            raise ValueError(f"--seeds names {seed} twice: the same training again would count as another.")
+    if args.results is None:
+        return
+    try:
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        free = not args.results.is_dir() and os.access(args.results.parent, os.W_OK)
+    except OSError as error:
+        raise OSError(f"cannot make the folder of {args.results} ({error}): give another --results.") from error
+    if not free:
+        raise OSError(f"cannot write {args.results}: a folder, or in a read-only one. Give another --results.")
+
+
+SAME_TABLE = ("resume", "seeds", "device", "workers", "save_minutes", "out", "results", "no_progress")
+
+
+def _runs_so_far(args, variants) -> list[dict]:
+    """With --resume, the runs that an earlier call left in its results file: one that differs in `SAME_TABLE` alone."""
     if args.resume and args.results is None and args.out is None:
         raise ValueError("--resume needs --out FOLDER or --results FILE: what is there already stands in them.")
-    if not args.resume or args.results is None or not args.results.is_file():
+    if args.results is None or not args.results.is_file():
         return []
-    before = json.loads(args.results.read_text())
-    if before["command"] != command:
+    if not args.resume:
+        raise ValueError(f"{args.results} is there already: add --resume to go on with it, or give another file.")
+    try:
+        before = json.loads(args.results.read_text())
+        words, runs = shlex.split(before["command"]), before["runs"]
+        there = [(run["attention"], run["seed"]) for run in runs]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{args.results} is no table of runs, or damaged ({error}): give another file.") from error
+    try:
+        earlier = vars(_parser().parse_args(words[words.index("karat_lite.train") + 1 :]))
+    except (ValueError, SystemExit):  # an option that is gone
+        earlier = {}
+    mine = {name: value for name, value in vars(args).items() if name not in SAME_TABLE}
+    if mine != {name: value for name, value in earlier.items() if name not in SAME_TABLE}:
         raise ValueError(
             f"{args.results} holds runs of another command ({before['command']}): give the same one, or another file."
         )
-    return before["runs"]
+    if lost := sorted({seed for name, seed in there if name not in variants or seed not in args.seeds}):
+        raise ValueError(f"{args.results} holds runs of seeds {', '.join(map(str, lost))}: name them in --seeds, too.")
+    return runs
 
 
 def _summaries(runs: list[dict]) -> dict[str, dict]:
@@ -180,14 +221,27 @@ def _summaries(runs: list[dict]) -> dict[str, dict]:
 
 
 def _kind(field: dataclasses.Field) -> dict:
-    """How the command line reads a field of a recipe."""
-    if field.name == "precision":
-        return {"choices": list(PRECISIONS)}
-    if field.name in ("crop_scale", "crop_ratio"):
-        return {"type": float, "nargs": 2, "metavar": ("LEAST", "MOST")}
-    if field.name == "auto_augment":
-        return {}
-    return {"type": int if field.type == "int" or field.type is int else float}
+    """How the command line reads a field of a recipe; one that is not given leaves no trace."""
+    name, or_none = field.name, "None" in str(field.type)
+    kind = {"default": argparse.SUPPRESS, "help": "in place of the recipe's" + "; or none" * or_none}
+    if name == "precision":
+        return kind | {"choices": list(PRECISIONS)}
+    if name in ("crop_scale", "crop_ratio"):
+        return kind | {"type": _number_or_none, "nargs": "+", "action": _Pair, "metavar": ("LEAST", "MOST")}
+    if name == "auto_augment":
+        return kind | {"type": lambda text: None if text == "none" else text}
+    return kind | {"type": _number_or_none if or_none else int if field.type is int else float}
+
+
+def _number_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+class _Pair(argparse.Action):
+    """Two numbers, or `none` alone."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, None if values == [None] else tuple(values))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -211,21 +265,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--img-size", type=int, help="pixels (default: the dataset's own; 224 where a recipe crops single pictures)")
     add("--resize-to", type=int, help="pixels: test the trained model at this size too, resized without training")
     add("--patch-size", type=int, help="pixels (default: 4; 2 for images smaller than 16, 16 from 96 on)")
-    add("--limit", type=int, help="use this many training images")
+    add("--limit", type=int, help="use at most this many training images")
     add("--recipe", default="small", choices=list(RECIPES))
     for field in dataclasses.fields(Recipe):
-        add(f"--{field.name.replace('_', '-')}", **_kind(field), help="in place of the recipe's")
+        add(f"--{field.name.replace('_', '-')}", **_kind(field))
     add("--device", default="auto")
     add("--workers", type=int, default=0, help="processes that read and augment pictures")
-    add("--snapshots", type=int, default=0, help="copies of the weights over the training, in OUT/RUN/trajectory")
+    add("--snapshots", type=int, default=0, help="at most so many copies of the weights, in OUT/RUN/trajectory")
     add("--log-every", type=int, default=0, help="steps between lines of loss and gradient norm in the history")
     add("--signal", action="store_true", help="measure at these steps how large signals are in every block, too")
     add("--save-minutes", type=float, default=10.0, help="between saves of the state within an epoch")
     add("--out", type=Path, help="folder for checkpoints and histories, one sub-folder a run")
     add("--results", type=Path, help="JSON file for the table of runs")
+    add("--no-progress", action="store_true", help="no bar; TQDM_DISABLE=1 does the same")
     add("--resume", action="store_true", help="go on: leave out what is in --results, continue what is in --out")
     return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -5,9 +5,9 @@ step; so a training that was interrupted goes on to the same weights.
 """
 
 import dataclasses
+import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .augment import as_tested, batches, in_order, mix
+from .augment import as_tested, batches, in_order, mix, timm_transform
 from .checkpoints import save_checkpoint
 from .checks import at_least, divides
 from .evaluation import evaluate_together
@@ -24,9 +24,10 @@ from .history import History
 from .not_finite import first_not_finite
 from .optimiser import learning_rate, make_average, make_optimizer, set_learning_rate
 from .processes import Engine, peak_memory, pick_device
+from .progress import progress_bar
 from .recipes import Recipe
 from .resume import load_state, save_state
-from .trajectory import pack_snapshots, remove_snapshots, save_snapshot, snapshot_steps
+from .trajectory import FILE, pack_snapshots, remove_snapshots, save_snapshot, snapshot_steps
 from .vit import VisionTransformer
 
 LOOK_GPU = 20  # steps between looks at the loss: a GPU has to be waited for, a CPU is looked at after every step
@@ -65,7 +66,7 @@ def train(
             in out/trajectory.safetensors.
         log_every: write down loss and gradient norm of the first step and of every so many.
         measure: is called with the model, in evaluation mode, at each of these steps; what it returns joins the record.
-        save_minutes: write resume.pt this often within an epoch, too.
+        save_minutes: write resume.pt this often within an epoch, too; 0: after every step.
         on_epoch: is called with the history after every epoch.
         progress: show a bar with images per second and time left.
 
@@ -80,6 +81,12 @@ def train(
         raise ValueError("snapshots and resume need out=FOLDER, where they are kept.")
     if at_least("snapshots", snapshots, 0) == 1:
         raise ValueError("a trajectory has at least 2 snapshots, the first and the last: take snapshots=2 or more.")
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, as make_recipe('small') gives, got {recipe!r}.")
+    at_least("seed", seed, 0), at_least("workers", workers, 0), at_least("log_every", log_every, 0)
+    if not save_minutes >= 0:
+        raise ValueError(f"save_minutes must be >= 0 (0 saves after every step), got {save_minutes}.")
+    json.dumps(card)  # better now than after an epoch
     engine = Engine(pick_device(device), recipe.precision)
     _check_fit(model, train_data, test_data, recipe, engine.part[1])
     out = None if out is None else Path(out)
@@ -92,7 +99,8 @@ def train(
         run.load(state)
     elif snapshots and engine.first:
         remove_snapshots(out)
-    bar = _progress_bar(run, progress and engine.first)
+    before = (run.epoch * run.per_epoch + run.done) * recipe.batch_size
+    bar = progress_bar(run.steps * recipe.batch_size, before, progress and engine.first)
     try:
         while run.epoch < recipe.epochs:
             run.train_epoch(bar)
@@ -242,6 +250,9 @@ class _Training:
     def publish(self) -> None:
         """The files that others read."""
         save_checkpoint(self.out / "model.safetensors", self.model, self.card())
+        stale = ["average.safetensors", "average.json"] * (self.average is None) + [FILE] * (not self.snapshots)
+        for name in stale:  # of another training that was here
+            (self.out / name).unlink(missing_ok=True)
         if self.average is not None:
             averaged = {
                 **self.card(),
@@ -289,6 +300,8 @@ class _Training:
 def _check_fit(model: VisionTransformer, train_data, test_data, recipe: Recipe, processes: int) -> None:
     classes = model.head.out_features
     for data in (train_data, test_data):
+        if not hasattr(data, "classes"):
+            raise TypeError(f"train and test data must be what load_dataset gives, got {data!r}.")
         if len(data) == 0:
             raise ValueError(f"the {data.split} part of {data.name} is empty.")
         if len(data.classes) != classes:
@@ -306,6 +319,8 @@ def _check_fit(model: VisionTransformer, train_data, test_data, recipe: Recipe, 
             f"a batch of {recipe.batch_size} is larger than the {len(train_data)} training images of "
             f"{train_data.name}: take batch_size <= {len(train_data)}."
         )
+    if recipe.single_pictures:
+        timm_transform(recipe, model.img_size, training=True)  # what timm cannot read is told now
     divides("the number of processes", processes, "batch_size", recipe.batch_size)
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size // processes % 2:
         raise ValueError(
@@ -325,15 +340,3 @@ def _make_writable(out: Path) -> None:
         raise OSError(f"the folder {out} is read-only: give another one, or make it writable.")
     for leftover in out.glob(".*.part"):  # of a writer that was killed
         leftover.unlink(missing_ok=True)
-
-
-def _progress_bar(run: _Training, progress: bool):
-    """A text bar on stdout: one line in a terminal and in a notebook, and it survives in saved outputs."""
-    from tqdm import tqdm
-
-    # Half a second between redraws keeps a saved notebook small.
-    before = (run.epoch * run.per_epoch + run.done) * run.recipe.batch_size
-    return tqdm(
-        total=run.steps * run.recipe.batch_size, initial=before, unit="img", unit_scale=True, mininterval=0.5,
-        file=sys.stdout, disable=not progress, ncols=110,
-    )  # fmt: skip

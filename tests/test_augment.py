@@ -136,6 +136,12 @@ def test_digits_are_never_mirrored(shapes):
     assert same(*plain)
     mirrored, as_they_are = epoch(shapes, always), epoch(shapes, PLAIN)
     assert torch.equal(mirrored[0][0], as_they_are[0][0].flip(-1))
+    whole = dict(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), color_jitter=0.0, auto_augment=None)
+    for data, turned in ((digits, False), (shapes, True)):
+        size = data.img_size
+        plain, always = (make_recipe("paper", batch_size=8, flip=flip, **whole) for flip in (0.0, 1.0))
+        seen, other = (next(batches(data, r, size, seed=0, epoch=0, device=CPU))[0] for r in (plain, always))
+        assert torch.equal(other, seen.flip(-1) if turned else seen), data.name
 
 
 def test_single_pictures_are_cropped_to_the_model(tmp_path):

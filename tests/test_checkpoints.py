@@ -224,6 +224,37 @@ def test_the_check_of_committed_checkpoints(tmp_path, capsys):
     assert "DIFFERENT" in capsys.readouterr().out
 
 
+def test_check_and_publish_test_as_the_recipe_does(tmp_path, monkeypatch, capsys):
+    """Whole pictures, resized and cropped at the centre: another accuracy than on the dataset as it is."""
+    from karat_lite import check, publish
+
+    parts = [kl.load_dataset("digits", split, limit=limit) for split, limit in (("train", 640), ("test", None))]
+    recipe = kl.Recipe(epochs=2, lr=3e-3, warmup_epochs=1.0, crop_scale=(0.5, 1.0), test_crop=0.7)
+    model = pico(depth=1, img_size=16, patch_size=4)
+    kl.training.train(model, *parts, recipe, device="cpu", out=tmp_path / "run", progress=False)
+    path = tmp_path / "run" / "model.safetensors"
+    expected = kl.load_checkpoint(path)[1]["metrics"]["test_accuracy"]
+    plain = kl.evaluate(model, kl.load_dataset("digits", "test", img_size=16), "cpu")["accuracy"]
+    assert abs(plain - expected) > 0.02, "or the way of testing would not show"
+    check.main(["--data", "digits", "--device", "cpu", str(path)])
+    assert "DIFFERENT" not in capsys.readouterr().out
+    monkeypatch.setattr(publish, "CHECKPOINTS", tmp_path / "kept")
+    publish.main([str(tmp_path / "run"), "mine", "--data", "digits", "--device", "cpu"])
+    published = kl.load_checkpoint(tmp_path / "kept" / "mine.safetensors")[1]["metrics"]["test_accuracy"]
+    assert abs(published - expected) < 0.01
+
+
+def test_check_says_what_it_cannot_compare(tmp_path, capsys):
+    from karat_lite import check
+
+    with pytest.raises(SystemExit, match="1 of 1 checkpoints differ"):
+        check.main(["--data", "digits", "--device", "cpu", "shapes_softmax"])
+    assert "DIFFERENT (trained on shapes)" in capsys.readouterr().out
+    path = str(kl.save_checkpoint(tmp_path / "bare.safetensors", pico(), {}))
+    with pytest.raises(ValueError, match="the card of .*bare.safetensors tells no test accuracy"):
+        check.main(["--data", "digits", "--device", "cpu", path])
+
+
 # ---- the command that makes a training a committed checkpoint -------------------------------------------------------
 
 

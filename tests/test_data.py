@@ -136,3 +136,17 @@ def test_to_unit_undoes_normalise():
     values = normalise(levels)
     assert values[0] == -1 and values[-1] == 1
     torch.testing.assert_close(to_unit(values), levels / 255)
+
+
+def test_grey_pictures_of_sixteen_bits_keep_their_shades(tmp_path):
+    """As microscopes and scanners write them; Pillow's own conversion cuts them off at 255."""
+    root = write_folder(tmp_path / "grey")
+    shades = torch.linspace(0, 65535, 64).round().numpy().astype("uint16").reshape(8, 8)
+    file = root / "test" / "red" / "0.png"
+    Image.fromarray(shades).save(file)
+    data = kl.load_dataset(root, "test")
+    expected = torch.from_numpy((shades // 256).astype("uint8"))
+    assert any(torch.equal(image, expected.expand(3, 8, 8)) for image in data.images)
+    Image.fromarray(shades.astype("float32")).save(root / "test" / "red" / "1.tiff")
+    with pytest.raises(ValueError, match="cannot read the image .*1.tiff .*mode F: save it with 8 or 16 bits"):
+        kl.load_dataset(root, "test")

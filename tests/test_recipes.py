@@ -231,13 +231,23 @@ def test_the_average_of_weights_against_sums_by_hand(mode):
         ({"crop_scale": (0.5,)}, "recipe's crop_scale must be two numbers, 0 < least <= most <= 1"),
         ({"crop_scale": (0.5, 1.5)}, "recipe's crop_scale must be two numbers, 0 < least <= most <= 1"),
         ({"crop_scale": (0.5, 1.0), "shift": 2}, "shift is for whole batches, crop_scale for single pictures"),
-        ({"color_jitter": 0.4}, "color_jitter, auto_augment and test_crop need crop_scale"),
+        ({"color_jitter": 0.4}, "a recipe's color_jitter needs crop_scale: it works on single pictures"),
         ({"mixup": 0.8, "batch_size": 33}, "batch_size must be even, got 33"),
-        ({"weight_decay": math.nan}, "recipe's weight_decay must be >= 0, got nan"),
+        ({"weight_decay": math.nan}, "recipe's weight_decay must be a finite number, got nan"),
+        ({"lr": math.inf}, "recipe's lr must be a finite number, got inf"),
+        ({"warmup_epochs": math.inf}, "recipe's warmup_epochs must be a finite number, got inf"),
+        ({"crop_ratio": (0.5, 2)}, "a recipe's crop_ratio needs crop_scale: it works on single pictures"),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(changes, told):
     with pytest.raises(ValueError, match=told):
+        make_recipe("small", **changes)
+
+
+@pytest.mark.parametrize("changes", [{"lr": "0.1"}, {"clip_norm": None}, {"ema": True}, {"crop_scale": 0.5}])
+def test_what_is_no_number_is_refused(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(TypeError, match=f"recipe's {name} must be .* number.*, got {value!r}"):
         make_recipe("small", **changes)
 
 

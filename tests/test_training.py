@@ -1,10 +1,8 @@
 """Training: it learns, it repeats, it keeps what it has when something goes wrong; and the command line does it all."""
 
 import dataclasses
-import json
 import math
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -261,117 +259,27 @@ def test_twins_learn_from_a_folder_of_images(attention, tmp_path):
     assert kl.load_checkpoint(tmp_path / "out" / "model.safetensors")[1]["data"] == "colours"
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+def test_files_of_another_training_do_not_stay_beside_a_new_one(digits, tmp_path):
+    train(pico(), digits, dataclasses.replace(QUICK, ema=0.9), out=tmp_path, snapshots=2)
+    assert {"average.safetensors", "average.json", "trajectory.safetensors"} < {p.name for p in tmp_path.iterdir()}
+    train(pico(), digits, dataclasses.replace(QUICK, epochs=1), out=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 
-def command_line(monkeypatch, *arguments):
-    """`python -m karat_lite.train ...` without the seconds that a new process takes."""
-    monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
-    runpy.run_module("karat_lite.train", run_name="__main__", alter_sys=False)
-
-
-def test_the_command_line_trains_twins_and_writes_its_results(tmp_path, monkeypatch, capsys):
-    results = tmp_path / "new" / "twins.json"
-    options = "--data digits --attention softmax karat --seeds 0 1 --epochs 1 --limit 128 --batch-size 32 --lr 0.001"
-    command_line(monkeypatch, *options.split(), "--results", results, "--out", tmp_path / "runs")
-    said, written = capsys.readouterr().out, json.loads(results.read_text())
-    assert "softmax  test accuracy" in said and f"written: {results}" in said
-    assert written["command"].startswith(f"python -m karat_lite.train {options}")
-    assert written["data"] == {"name": "digits", "train": 128, "test": 360, "img_size": 8}
-    assert (
-        written["recipe"]["epochs"] == 1 and written["recipe"]["batch_size"] == 32 and written["recipe"]["lr"] == 1e-3
-    )
-    assert [(run["attention"], run["seed"]) for run in written["runs"]] == [
-        ("softmax", 0), ("karat", 0), ("softmax", 1), ("karat", 1)
-    ]  # fmt: skip
-    for attention, line in written["summary"].items():
-        accuracy = [run["accuracy"] for run in written["runs"] if run["attention"] == attention]
-        assert line["seeds"] == 2 and line["mean"] == pytest.approx(sum(accuracy) / 2)
-    starts = {}
-    for run in written["runs"]:
-        out = tmp_path / "runs" / f"digits_{run['attention']}_seed{run['seed']}"
-        model, card = kl.load_checkpoint(out / "model.safetensors")
-        assert model.config == run["config"] and card["command"] == written["command"] and card["seed"] == run["seed"]
-        assert card["metrics"]["test_accuracy"] == run["accuracy"]
-        assert sum(parameter.numel() for parameter in model.parameters()) == run["parameters"]
-        starts[run["attention"], run["seed"]] = model.head.weight
-    # Four small steps leave the initial weights recognisable: equal in twins, others with another seed.
-    apart = {pair: (starts["karat", 0] - starts[pair]).abs().mean() for pair in starts}
-    assert apart["softmax", 0] < 0.005 < 0.01 < apart["karat", 1]
-
-
-def test_the_summary_of_seeds():
-    """Mean, and standard deviation with n - 1."""
-    summaries = runpy.run_module("karat_lite.train")["_summaries"]
-    runs = [{"attention": "karat", "accuracy": value} for value in (0.5, 0.7, 0.9)]
-    runs += [{"attention": "softmax", "accuracy": 0.1}]
-    assert summaries(runs)["karat"] == pytest.approx({"mean": 0.7, "std": 0.2, "seeds": 3})
-    assert summaries(runs)["softmax"] == pytest.approx({"mean": 0.1, "std": 0.0, "seeds": 1})
-
-
-def test_the_command_line_trains_variants_and_resumes_their_table(tmp_path, monkeypatch, capsys):
-    """Each basis with each order, softmax once; a table that was interrupted goes on where it stood."""
-    results = tmp_path / "variants.json"
-    options = "--data digits --epochs 1 --limit 64 --rank 4 --basis fourier dog --order w_phi full".split()
-    options += ["--results", results, "--resume"]
-    command_line(monkeypatch, *options)
-    written = json.loads(results.read_text())
-    names = ["softmax", *(f"karat {basis} {order}" for basis in ("fourier", "dog") for order in ("w_phi", "full"))]
-    assert [run["attention"] for run in written["runs"]] == names == list(written["summary"])
-    assert [run["config"].get("rank") for run in written["runs"]] == [None, 4, None, 4, None]
-    assert [run["config"].get("basis") for run in written["runs"]] == [None, "fourier", "fourier", "dog", "dog"]
-    lost = written["runs"].pop(2)
-    results.write_text(json.dumps(written))
-    capsys.readouterr()
-    command_line(monkeypatch, *options)
-    assert capsys.readouterr().out.count("already in the results") == 4
-    again = json.loads(results.read_text())["runs"]
-    assert again[:4] == written["runs"] and again[4]["accuracy"] == lost["accuracy"]
-    with pytest.raises(ValueError, match="holds runs of another command .*: give the same one, or another file"):
-        command_line(monkeypatch, *options, "--lr", "0.1")
-
-
-def test_the_command_line_resumes_from_its_folder_alone(tmp_path, monkeypatch, capsys):
-    """As `make train` does: finished runs are not trained again, and need no table."""
-    options = f"--data digits --epochs 1 --limit 64 --attention karat --out {tmp_path} --resume".split()
-    command_line(monkeypatch, *options)
-    state = tmp_path / "digits_karat_seed0" / "resume.pt"
-    stamp, first = state.stat().st_mtime_ns, capsys.readouterr().out.splitlines()[-1]
-    command_line(monkeypatch, *options)
-    assert state.stat().st_mtime_ns == stamp and capsys.readouterr().out.splitlines()[-1] == first
-    with pytest.raises(ValueError, match="--resume needs --out FOLDER or --results FILE"):
-        command_line(monkeypatch, "--data", "digits", "--resume")
-
-
-def test_the_command_line_tests_at_another_size(tmp_path, monkeypatch):
-    results = tmp_path / "resized.json"
-    options = "--data digits --img-size 16 --patch-size 4 --epochs 2 --limit 400 --resize-to"
-    command_line(monkeypatch, *options.split(), "16", "--results", results)
-    for run in json.loads(results.read_text())["runs"]:
-        assert run["resized"] == {"img_size": 16, "accuracy": run["accuracy"]}
-    command_line(monkeypatch, *options.split(), "24", "--results", results)
-    for run in json.loads(results.read_text())["runs"]:
-        assert run["resized"]["img_size"] == 24 and 0.1 < run["resized"]["accuracy"] <= 1
-    with pytest.raises(ValueError, match="img_size = 25 is not divisible by patch_size = 4"):
-        command_line(monkeypatch, *options.split(), "25")
-
-
-def test_the_command_line_trains_hybrids(tmp_path, monkeypatch):
-    results = tmp_path / "hybrid.json"
-    options = "--data digits --epochs 1 --limit 64 --attention hybrid --softmax-heads 0 2 --softmax-layers 1".split()
-    command_line(monkeypatch, *options, "--base", "silu", "--simplex", "--results", results)
-    (run,) = json.loads(results.read_text())["runs"]
-    expected = dict(attention="hybrid", softmax_heads=[0, 2], softmax_layers=[1], base="silu", simplex=True)
-    assert expected.items() <= run["config"].items()
-    with pytest.raises(ValueError, match="are for hybrids: add --attention hybrid, or leave them out"):
-        command_line(monkeypatch, "--data", "digits", "--softmax-heads", "0")
-
-
-def test_the_command_line_explains_itself(monkeypatch, capsys):
-    with pytest.raises(SystemExit) as end:
-        command_line(monkeypatch, "--help")
-    said = capsys.readouterr().out
-    assert end.value.code == 0 and "python -m karat_lite.train" in said and "--rank" in said
-    with pytest.raises(SystemExit) as end:
-        command_line(monkeypatch, "--data", "digits", "--attention", "sofmax")
-    assert end.value.code != 0 and "'sofmax' (choose from" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "changes, error, told",
+    [
+        (dict(recipe="small"), TypeError, r"recipe must be a Recipe, as make_recipe\('small'\) gives, got 'small'"),
+        (dict(data="digits"), TypeError, "train and test data must be what load_dataset gives, got 'digits'"),
+        (dict(seed=-1), ValueError, "seed must be >= 0, got -1"),
+        (dict(log_every=0.5), TypeError, "log_every must be a whole number >= 0, got 0.5"),
+        (dict(save_minutes=-1), ValueError, r"save_minutes must be >= 0 \(0 saves after every step\), got -1"),
+        (dict(card={"path": Path("a")}), TypeError, "not JSON serializable"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_written(changes, error, told, digits, tmp_path):
+    options = {**dict(recipe=QUICK, data=digits), **changes}
+    data = options.pop("data")
+    with pytest.raises(error, match=told):
+        train(pico(), (data, data) if isinstance(data, str) else data, out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

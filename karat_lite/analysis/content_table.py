@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoints import load_checkpoint, write_whole
+from ..checks import run_command
 from ..data import load_dataset
 from ..trajectory import FILE, load_trajectory
 from .content import CHANGES, ablate, map_shares, through_training
@@ -122,4 +123,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

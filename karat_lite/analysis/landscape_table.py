@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoints import load_checkpoint, write_whole
+from ..checks import run_command
 from ..data import load_dataset
 from ..evaluation import evaluate
 from ..processes import pick_device
@@ -167,4 +168,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,7 +20,7 @@ from einops import einsum, reduce, repeat
 from torch import Tensor
 
 from ..checkpoints import load_checkpoint, write_whole
-from ..checks import at_least, one_of
+from ..checks import at_least, one_of, run_command
 from ..data import normalise
 from ..vit import VisionTransformer
 from .cost import machine
@@ -310,4 +310,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoints import load_checkpoint, write_whole
-from ..checks import at_least
+from ..checks import at_least, run_command
 from ..data import load_dataset
 from ..trajectory import FILE, load_trajectory
 from .cost import machine
@@ -127,4 +127,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
