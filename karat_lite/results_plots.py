@@ -45,6 +45,37 @@ def accuracy_by_epoch(results: Mapping, variants: Sequence[str] | Mapping[str, s
     return figure
 
 
+def accuracy_by_setting(accuracies: Mapping[str, Mapping[float, Sequence[float]]], across: str) -> Figure:
+    """Final accuracy over a setting, such as the learning rate, on a logarithmic axis: a mark for every seed.
+
+    accuracies: model -> value of the setting -> accuracies in [0, 1], one a seed. A line goes through the means, and
+    each model's best mean is written beside it.
+    """
+    need_mapping("accuracies", accuracies)
+    figure, (axes,) = sheet(1, 1, (5.6, 3.0), margins=(0.65, 0.2, 0.55, 0.35))
+    for i, (name, by_value) in enumerate(accuracies.items()):
+        need_mapping(f"accuracies of {name!r}", by_value)
+        values = sorted(by_value)
+        if values[0] <= 0:
+            raise ValueError(f"a logarithmic axis has no place for {across} = {values[0]:g}: values must be positive.")
+        means = [100 * float(np.mean(by_value[value])) for value in values]
+        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)])
+        best = int(np.argmax(means))
+        axes.plot(
+            values, means, linewidth=2, label=f"{name}: best mean {means[best]:.1f} % at {values[best]:g}", **style
+        )
+        for value in values:
+            seeds = 100 * np.asarray(by_value[value], dtype=float)
+            axes.plot([value] * len(seeds), seeds, "os^Dv"[i % 5], color=style["color"], markeredgecolor="white")
+    axes.set_xscale("log")
+    marks = sorted({value for by_value in accuracies.values() for value in by_value})
+    axes.set_xticks(marks, [f"{value:g}" for value in marks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    label_axes(axes, across, "test accuracy (%)")
+    legend(axes, loc="best")
+    return figure
+
+
 def signals_by_step(
     results: Mapping,
     variants: Sequence[str] | Mapping[str, str],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from figures import texts
 
-from karat_lite.results_plots import accuracy_by_epoch, signals_by_step
+from karat_lite.results_plots import accuracy_by_epoch, accuracy_by_setting, signals_by_step
 
 
 def table(**accuracies):
@@ -61,6 +61,20 @@ def test_variants_can_be_called_something_else_and_long_names_keep_to_their_colu
     boxes = [axes.title.get_window_extent() for axes in figure.axes]
     assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False)), "titles do not run into each other"
     assert max(box.y1 for box in boxes) <= figure.bbox.y1, "nor out of the figure"
+
+
+def test_accuracy_over_a_setting_has_every_seed_and_the_best_mean():
+    rates = {"softmax": {0.002: [0.5, 0.6], 0.001: [0.6, 0.7]}, "karat": {0.001: [0.4], 0.002: [0.2]}}
+    axes = accuracy_by_setting(rates, "learning rate").axes[0]
+    line, *seeds = axes.lines[:3]
+    assert line.get_xdata().tolist() == [0.001, 0.002] and np.allclose(line.get_ydata(), [65, 55])
+    assert [sorted(mark.get_ydata().tolist()) for mark in seeds] == [[60, 70], [50, 60]]
+    assert [line.get_label() for line in axes.lines if "best" in line.get_label()] == [
+        "softmax: best mean 65.0 % at 0.001", "karat: best mean 40.0 % at 0.001"
+    ]  # fmt: skip
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.001", "0.002"]
+    with pytest.raises(ValueError, match="no place for rate = 0: values must be positive"):
+        accuracy_by_setting({"a": {0.0: [0.1]}}, "rate")
 
 
 def test_what_cannot_be_drawn_is_refused():
