@@ -1,6 +1,6 @@
 """Command line: train twins and write down what came out.
 
-python -m karat_lite.train --data digits --seeds 0 1 2 --out runs --results data/results/digits_twins.json
+python -m karat_lite.train --data digits --seeds 0 1 2 --out runs --results runs/digits_twins.json
 python -m karat_lite.train --data digits --basis fourier dog --order w_phi phi_w full --results table.json --resume
 python -m karat_lite.train --data cifar10 --recipe paper --model vit_tiny --img-size 224 --workers 8 --out runs --resume
 torchrun --nproc-per-node 2 -m karat_lite.train --data digits --out runs
