@@ -4,7 +4,7 @@ The seam: an *activation* is a module with two methods, `activate(scores)`, whic
 and `attend(q, k, v)`, which returns the output as fast as it can. Everything else in attention stays as it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -110,7 +110,9 @@ class StaticMixer(nn.Module):
 
 
 def check_heads(num_heads: int, heads: Sequence[int]) -> list[int]:
-    """The given head indices, sorted; `ValueError` for one that is not there or given twice."""
+    """The given head indices, sorted; `ValueError` for one that is not there or given twice, or no list."""
+    if not isinstance(heads, Iterable):
+        raise ValueError(f"softmax_heads must be a list of heads, got {heads!r}: give [{heads!r}].")
     heads = [at_least("head index", head, 0) for head in heads]
     for head in heads:
         if head >= num_heads or heads.count(head) > 1:

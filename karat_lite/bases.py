@@ -98,6 +98,10 @@ class Basis:
     name: str = ""
     default_base: str = "zero"  # the base activation b(x) that an operator takes unless told otherwise
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.name = ""  # `register_basis` gives it: a subclass is not what its parent's name makes
+
     def __new__(cls, *args, **kwargs):
         made = super().__new__(cls)
         given = inspect.signature(cls.__init__).bind_partial(made, *args, **kwargs).arguments
@@ -157,6 +161,13 @@ def typical_scores() -> tuple[Tensor, Tensor]:
 class LinearBasis(Basis):
     """A basis that is linear in its parameters. Subclasses set `num_features` (F) and define `maps`; that is all."""
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if ("maps" in own or "num_features" in own) and not ("write" in own and "mixing" in own):
+            # A parent's short cuts write the parent's maps.
+            cls.write, cls.mixing = own.get("write", LinearBasis.write), own.get("mixing", LinearBasis.mixing)
+
     @property
     def num_features(self) -> int:
         """F, the number of feature maps and so of coefficients per edge."""
@@ -205,7 +216,7 @@ class LinearBasis(Basis):
             coef.mul_((num_edges * (weight * self.features(x).square().sum(dim=-1)).sum().item()) ** -0.5)
 
     def _check(self) -> None:
-        x = torch.linspace(-1, 1, 6).view(2, 3)
+        x = torch.linspace(-1, 1, 6, device="cpu").view(2, 3)
         maps = dict(self.maps(x))
         if sorted(maps) != list(range(self.num_features)):
             raise ValueError(
@@ -218,11 +229,19 @@ class LinearBasis(Basis):
                 f"basis {self.name!r}: each map must have the shape of x; for x of shape {tuple(x.shape)} "
                 f"the map f = {min(odd)} has {odd[min(odd)]}."
             )
+        if self.mixing() is not None:
+            raw = x.new_empty(self.num_features, *x.shape)
+            self.write(x, list(raw))
+            found = torch.einsum("fg,g...->...f", self.mixing()[0].to(x), raw)
+            if not torch.allclose(found, self.features(x), rtol=1e-4, atol=1e-5):
+                raise ValueError(
+                    f"basis {self.name!r}: what `write` and `mixing` make are not the maps that `maps` yields."
+                )
 
 
 def _check_reach(reach: float) -> float:
-    if not reach > 0:
-        raise ValueError(f"reach must be > 0, got {reach}: the basis lives on [-reach, reach].")
+    if isinstance(reach, str) or not 0 < reach < float("inf"):
+        raise ValueError(f"reach must be > 0, got {reach!r}: the basis lives on [-reach, reach].")
     return float(reach)
 
 

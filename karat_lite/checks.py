@@ -24,6 +24,13 @@ def at_least(what: str, value, minimum: int) -> int:
     return int(value)
 
 
+def a_flag(what: str, value) -> bool:
+    """Return `value` if it is True or False: "no" is neither, and would count as yes."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{what} must be True or False, got {value!r} of type {type(value).__name__}.")
+    return value
+
+
 def run_command(main) -> None:
     """Call `main` as a command: what its user can mend is told in one line, without a traceback."""
     try:

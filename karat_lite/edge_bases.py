@@ -9,6 +9,7 @@ a pole.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class EdgeBasis(Basis):
         coef[..., 1:] = coef.new_tensor(self.rest)
         if init == "variance":
             x, weight = typical_scores()
-            shape = self.evaluate(x, torch.tensor([1.0, *self.rest], dtype=x.dtype))
+            shape = self.evaluate(x, x.new_tensor([1.0, *self.rest]))
             coef[..., 0].mul_((num_edges * (weight * shape.square()).sum().item()) ** -0.5)
 
     def scaled(self, coef: Tensor, factor: Tensor) -> Tensor:
@@ -58,7 +59,8 @@ class EdgeBasis(Basis):
         return _EdgeWithBase(self, base)
 
     def _check(self) -> None:
-        x, coef = torch.linspace(-1, 1, 6).view(2, 3), torch.zeros(4, 1, 1, self.num_parameters)
+        x = torch.linspace(-1, 1, 6, device="cpu").view(2, 3)
+        coef = x.new_zeros(4, 1, 1, self.num_parameters)
         given = tuple(self.evaluate(x, coef).shape)
         if given != (4, 2, 3):
             raise ValueError(
@@ -75,6 +77,10 @@ class Rational(EdgeBasis):
     """
 
     def __init__(self, grid: int, degrees: tuple[int, int] = (5, 4)):
+        if not isinstance(degrees, Sequence) or len(degrees) != 2:
+            raise ValueError(
+                f"degrees must be two numbers, of the polynomial above and the one below, got {degrees!r}."
+            )
         m, n = degrees
         super().__init__(grid)
         self.options = dict(degrees=[at_least("degrees' m", m, 0), at_least("degrees' n", n, 1)])  # as JSON says it
@@ -120,7 +126,8 @@ class Rational(EdgeBasis):
         if init == "variance":
             m, _ = self.options["degrees"]
             x, weight = typical_scores()
-            many = torch.randn(4096, 1, self.num_parameters, generator=torch.Generator().manual_seed(0)).double()
+            same = torch.Generator("cpu").manual_seed(0)
+            many = torch.randn(4096, 1, self.num_parameters, generator=same, device="cpu").double()
             mean = (weight * self.evaluate(x, many).square().mean(dim=0)).sum().item()
             coef[..., : m + 1].mul_((num_edges * mean) ** -0.5)
 
@@ -273,7 +280,12 @@ class Shannon(Wavelet):
         below = x + zero
         ratio = (2 * sin * cos + zero) / below  # sin x / x
         window = (0.54 + 0.46 * cos) * inside
-        slope = (2 * cos * cos - 1 - ratio) / below * window - 0.23 * sin * ratio * inside
+        # (cos x - sin x / x) / x cancels near 0, where its series is exact: sum_k (-1)^k 2k / (2k + 1)! x^(2k - 1).
+        square, near = x * x, torch.zeros_like(x)
+        for k in range(5, 0, -1):
+            near = near * square + (-1) ** k * 2 * k / math.factorial(2 * k + 1)
+        rise = torch.where(x.abs() < 0.3, near * x, (2 * cos * cos - 1 - ratio) / below)
+        slope = rise * window - 0.23 * sin * ratio * inside
         return ratio * window, slope
 
 

@@ -63,12 +63,12 @@ class Fourier(LinearBasis):
 
     def _make_mixing(self) -> tuple[Tensor, Tensor]:
         """2 cos i cos j = cos(i + j) + cos(i - j), 2 cos i sin j = sin(i + j) - sin(i - j); slopes m (-sin, cos)."""
-        g, mix = self.grid, torch.eye(2 * self.grid, dtype=torch.float64)
+        g, mix = self.grid, torch.eye(2 * self.grid, dtype=torch.float64, device="cpu")
         for m in range(2, g + 1):
             odd = m % 2  # i - j
             if not self._needs_cos(m):
                 mix[m - 1, m - 1], mix[m - 1, 0] = 2, -1
             if not self._needs_sin(m):
                 mix[g + m - 1, g + m - 1], mix[g + m - 1, g] = 2, odd
-        m = torch.arange(1, g + 1, dtype=torch.float64).unsqueeze(-1)
+        m = torch.arange(1, g + 1, dtype=torch.float64, device="cpu").unsqueeze(-1)
         return mix, torch.cat([-m * mix[g:], m * mix[:g]])

@@ -216,10 +216,12 @@ class _ProjectSimplex(torch.autograd.Function):
 
     @staticmethod
     def forward(y):
+        # The projection is the same for rows moved up or down; with the largest entry at 0 sums stay small and exact.
+        y = y - y.amax(dim=-1, keepdim=True)
         ordered, _ = y.sort(dim=-1, descending=True)
         count = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
         surplus = ordered.cumsum(dim=-1) - 1
-        rho = (ordered * count > surplus).sum(dim=-1, keepdim=True)  # >= 1: the largest entry always stays
+        rho = (ordered * count > surplus).sum(dim=-1, keepdim=True)  # >= 1: 0 > 0 - 1
         return (y - surplus.gather(-1, rho - 1) / rho).clamp(min=0)
 
     @staticmethod
@@ -257,6 +259,13 @@ def project_simplex(y: Tensor) -> Tensor:
 
 
 def _check_shapes(q, k, v, basis, coef, weight) -> None:
+    if not isinstance(basis, Basis):
+        raise TypeError(
+            f"basis must be an object, as karat_lite.bases.make_basis('fourier', grid=3) makes, got {basis!r}."
+        )
+    for name, x in dict(q=q, k=k, v=v, coef=coef, weight=weight).items():
+        if not isinstance(x, Tensor) and not (name == "weight" and x is None):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must have shape (B, h, N, d), got {tuple(x.shape)}.")

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .bases import BASE_ACTIVATIONS, Basis, make_basis, wide
-from .checks import at_least, one_of
+from .checks import a_flag, at_least, one_of
 from .functional import apply_operator, mix_values, project_simplex
 from .recompute import recompute
 from .token_grid import resize_tokens
@@ -41,6 +41,9 @@ class KArAtOperator(nn.Module):
                     1/(N^2 G). Phi W: Var(W) = 1/N keeps the scores' size, Var(c) = 1/(r N G). Phi Phi: as its parts.
         "softmax"   as "variance", with the output's variance divided by N: what softmax starts with, whose first maps
                     average N values with nearly equal weights.
+    All three speak of the learned part. A base activation starts with weight 1 whatever `init` says, as in KAN, and
+    adds what it gives: little while scores are small, more than the learned part once they are of size 1, and in the
+    orders other than w_phi much from the start.
 
     `backend` (an attribute, "auto") is that of `functional.karat_attention`; set it at any time. It governs w_phi, full
     rank and phi_w; phi_phi and `simplex` are computed one way.
@@ -67,14 +70,17 @@ class KArAtOperator(nn.Module):
         self.backend = "auto"
         self.num_heads = at_least("num_heads", num_heads, 1)
         self.num_tokens = at_least("num_tokens", num_tokens, 1)
+        if not isinstance(basis_options, dict | None):
+            raise TypeError(f"basis_options must be a dict of the basis's own options, got {basis_options!r}.")
         self.basis = make_basis(basis, grid, **(basis_options or {}))
         self.init, self.order = one_of("init", init, INITS), one_of("order", order, ORDERS)
         self.base = self.basis.default_base if base is None else one_of("base activation", base, BASE_ACTIVATIONS)
-        self.edge_scales, self.simplex = edge_scales, simplex
-        if rank is not None and at_least("rank", rank, 1) > num_tokens:
+        self.edge_scales, self.simplex = a_flag("edge_scales", edge_scales), a_flag("simplex", simplex)
+        rank = None if rank is None else at_least("rank", rank, 1)
+        if rank is not None and rank > num_tokens:
             raise ValueError(
-                f"rank = {rank} is larger than the {num_tokens} tokens: take rank <= {num_tokens}, "
-                "or rank=None for the full-rank operator."
+                f"rank = {rank} is larger than the {num_tokens} tokens of this grid: take rank <= {num_tokens}, "
+                "or rank=None for the full-rank operator (to resize: an image with more patches)."
             )
         if rank is None and order != "w_phi":
             raise ValueError(f"order = {order!r} needs a rank: the full-rank operator (rank=None) is one Phi alone.")
@@ -208,13 +214,16 @@ class KArAtOperator(nn.Module):
         """This operator for a class token and side x side patches, by interpolation; the same numbers at equal size.
 
         All token axes are summed over, so patch entries are multiplied by old / new patch counts on each of them: the
-        sums keep their size. Raises `ValueError` where the present grid is not square with a class token, and for base
-        activations without `edge_scales`, whose weight 1 cannot shrink.
+        sums keep their size. `backend` and what is frozen stay as they are. Raises `ValueError` where the present grid
+        is not square with a class token, the new one has fewer tokens than `rank`, and for base activations without
+        `edge_scales`, whose weight 1 cannot shrink.
         """
-        new = KArAtOperator(
-            self.num_heads, at_least("side", side, 1) ** 2 + 1, self.basis, rank=self.rank, init=self.init,
-            edge_scales=self.edge_scales, order=self.order, base=self.base, simplex=self.simplex,
-        ).to(self.coef)  # fmt: skip
+        with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
+            new = KArAtOperator(
+                self.num_heads, at_least("side", side, 1) ** 2 + 1, self.basis, rank=self.rank, init=self.init,
+                edge_scales=self.edge_scales, order=self.order, base=self.base, simplex=self.simplex,
+            ).to(self.coef)  # fmt: skip
+        new.backend = self.backend
         if new.num_tokens != self.num_tokens and self.base != "zero" and not self.edge_scales:
             raise ValueError(f"an operator with base activation {self.base!r} is resized only with edge_scales=True.")
         for name, value in self.named_parameters():
@@ -226,7 +235,7 @@ class KArAtOperator(nn.Module):
                 value = value * factor
             elif not self.edge_scales:  # else w_b and w_s carry the factor of their units
                 value = self.basis.scaled(value, factor.expand(value.shape[:-1]))
-            getattr(new, name).copy_(value)
+            getattr(new, name).copy_(value).requires_grad_(self.get_parameter(name).requires_grad)
         return new
 
     def _token_axes(self, name: str) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .bases import wide
+
 
 def resize_tokens(x: Tensor, axis: int, side: int) -> tuple[Tensor, Tensor]:
     """Interpolate one token axis of x from 1 + s^2 entries to 1 + side^2; entry 0, the class token's, stays apart.
@@ -25,6 +27,6 @@ def resize_tokens(x: Tensor, axis: int, side: int) -> tuple[Tensor, Tensor]:
         return x, factor
     own, patches = x.movedim(axis, -1).split([1, n], dim=-1)
     # antialias: a smaller grid averages what it drops.
-    grid = F.interpolate(patches.reshape(1, -1, s, s), size=(side, side), mode="bicubic", antialias=True)
-    patches = grid.reshape(*patches.shape[:-1], side**2)
+    grid = F.interpolate(wide(patches).reshape(1, -1, s, s), size=(side, side), mode="bicubic", antialias=True)
+    patches = grid.reshape(*patches.shape[:-1], side**2).to(x.dtype)
     return torch.cat([own, patches], dim=-1).movedim(-1, axis), factor

@@ -3,7 +3,7 @@
 Parameters are named as in timm, so that a timm ViT's weights load name by name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from einops import rearrange, repeat
@@ -169,7 +169,8 @@ def create_model(
         name: "vit_pico" | "vit_tiny" | "vit_small" | "vit_base".
         attention: "karat" | "softmax" | "hybrid", or a `StaticMixer`, with rows of their own for all queries ("static")
             or one for all of them ("pooled"). All but "karat" and "hybrid" have no operator, so the operator's
-            arguments play no part in them: twins are built by two calls that differ in this word alone.
+            arguments, `softmax_heads` and `softmax_layers` play no part in them: twins are built by two calls that
+            differ in this word alone.
         mode: "blockwise", every block has its own h operators (the paper's GnB), or "universal", all share h (GnU).
         grid, rank, basis, init, edge_scales, order, base, simplex, basis_options: see `KArAtOperator`; rank=None is
             full rank.
@@ -181,12 +182,14 @@ def create_model(
     Raises `ValueError`/`TypeError` naming what does not fit.
     """
     size = dict(SIZES[one_of("model", name, SIZES)])
-    for key, value in overrides.items():
-        size[one_of("model option", key, OVERRIDES)] = at_least(key, value, 1)
+    # `at_least` makes plain ints of NumPy's: the configuration is written as JSON.
+    overrides = {one_of("model option", key, OVERRIDES): at_least(key, value, 1) for key, value in overrides.items()}
+    size.update(overrides)
     one_of("attention", attention, ATTENTIONS)
     one_of("mode", mode, MODES)
-    at_least("num_classes", num_classes, 1)
-    divides("patch_size", at_least("patch_size", patch_size, 1), "img_size", at_least("img_size", img_size, 1))
+    num_classes, patch_size = at_least("num_classes", num_classes, 1), at_least("patch_size", patch_size, 1)
+    img_size = at_least("img_size", img_size, 1)
+    divides("patch_size", patch_size, "img_size", img_size)
     divides("num_heads", size["num_heads"], "dim", size["dim"])
 
     model = VisionTransformer(**size, img_size=img_size, patch_size=patch_size, num_classes=num_classes)
@@ -194,16 +197,22 @@ def create_model(
         name=name, attention=attention, img_size=img_size, patch_size=patch_size, num_classes=num_classes
     )
     model.config.update(overrides)
-    softmax = _softmax_parts(attention, softmax_heads, softmax_layers, size["num_heads"], size["depth"])
     if attention in ("static", "pooled"):
         for block in model.blocks:
             mixer = StaticMixer(size["num_heads"], model.pos_embed.shape[1], shared=attention == "pooled")
             block.attn.activation = mixer
     if attention in LEARNED:
+        softmax = _softmax_parts(attention, softmax_heads, softmax_layers, size["num_heads"], size["depth"])
+        rank = None if rank is None else at_least("rank", rank, 1)
         options = dict(order=order, base=base, simplex=simplex, basis_options=basis_options)
         args = dict(basis=basis, grid=grid, rank=rank, init=init, edge_scales=edge_scales, **options)
         operators = _put_operators(model, args, mode, *softmax)
         basis = operators[0].basis if operators else make_basis(basis, grid, **(basis_options or {}))
+        if not basis.name or hasattr(basis, "base"):
+            raise ValueError(
+                f"a model is saved and made again by its basis's name, and {basis!r} has none of its own: "
+                '@register_basis("...") its class (and choose a base activation by base=...).'
+            )
         model.config.update(basis=basis.name, rank=rank, init=init, edge_scales=edge_scales, grid=basis.grid, mode=mode)
         # Only what is not the default: cards from before these options still describe the same model.
         said = {**options, "basis_options": basis.options, "softmax_heads": softmax[0], "softmax_layers": softmax[1]}
@@ -214,13 +223,15 @@ def create_model(
 def _softmax_parts(attention, softmax_heads, softmax_layers, num_heads: int, depth: int) -> tuple[list, list]:
     """The heads and the layers that keep softmax, checked."""
     heads = check_heads(num_heads, softmax_heads)
+    if not isinstance(softmax_layers, Iterable):
+        raise ValueError(f"softmax_layers must be a list of layers, got {softmax_layers!r}: give [{softmax_layers!r}].")
     layers = sorted({at_least("softmax layer", layer, 0) for layer in softmax_layers})
     if layers and layers[-1] >= depth:
         raise ValueError(f"softmax layer {layers[-1]} is not there: this model has layers 0 .. {depth - 1}.")
     if (attention == "hybrid") != bool(heads or layers):
         raise ValueError(
             f"attention = {attention!r} with softmax_heads = {heads} and softmax_layers = {layers}: 'hybrid' takes at "
-            "least one of the two, 'karat' and 'softmax' take neither."
+            "least one of the two, 'karat' neither."
         )
     return heads, layers
 
@@ -247,19 +258,23 @@ def resize(model: VisionTransformer, img_size: int) -> VisionTransformer:
     """The same model for images of another size: positions and operators are interpolated to the new token grid.
 
     Nothing is trained. At equal size all numbers stay the same. The patch size stays, so N changes; sums over tokens
-    keep their size (`KArAtOperator.resized`). Raises `ValueError` where the image cannot be cut, for static mixers,
-    and see there.
+    keep their size (`KArAtOperator.resized`). Operators' backends and what is frozen stay. Raises `ValueError` where
+    the image cannot be cut, for static mixers, and see there.
     """
     if any(isinstance(block.attn.activation, StaticMixer) for block in model.blocks):
         raise ValueError("a static mixer is bound to its tokens and is not resized: train one at the new size.")
-    new = create_model(**{**model.config, "img_size": img_size})
+    with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
+        new = create_model(**{**model.config, "img_size": img_size})
     side = img_size // model.patch_size
     moved = {id(operator): operator.resized(side) for operator in model.operators()}
     for mine, its in zip(new.operators(), model.operators(), strict=True):
         mine.load_state_dict(moved[id(its)].state_dict())
+        mine.backend = its.backend
     state = {key: value for key, value in model.state_dict().items() if ".attn.activation." not in key}
     state["pos_embed"], _ = resize_tokens(state["pos_embed"], 1, side)
     new.load_state_dict(state, strict=False)
+    for name, parameter in model.named_parameters():
+        new.get_parameter(name).requires_grad_(parameter.requires_grad)
     return new.to(model.pos_embed.device, model.pos_embed.dtype).train(model.training)
 
 
@@ -286,6 +301,15 @@ def load_timm_weights(model: VisionTransformer, source: nn.Module) -> list[str]:
         raise ValueError(
             f"this {type(source).__name__} has parts a plain ViT lacks, such as {unknown[0]}: its outputs would differ."
         )
+    for name, part in source.named_modules():  # no weights, and yet another function
+        other = isinstance(part, nn.LayerNorm) and part.eps != model.norm.eps
+        other |= name.endswith("mlp.act") and not (isinstance(part, nn.GELU) and part.approximate == "none")
+        other |= name.split(".")[-1].startswith("norm") and not isinstance(part, nn.LayerNorm | nn.Identity)
+        if other:
+            raise ValueError(
+                f"this {type(source).__name__} has {name} = {part!r}, the model eps = {model.norm.eps:g} in every "
+                "LayerNorm and the exact GELU: its outputs would differ. Build the source with timm's defaults."
+            )
     mine, its = model.blocks[0].attn.num_heads, source.blocks[0].attn.num_heads
     if mine != its:  # the tensors have the same shapes, the function is another
         raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 
 from karat_lite import Fourier, KArAtOperator, KArAttention
-from karat_lite.functional import attention_scores, karat_attention
+from karat_lite.functional import attention_scores, karat_attention, project_simplex
 
 B, H, D = 2, 3, 4  # images, heads, channels of a head
 
@@ -196,3 +196,15 @@ def test_shapes_that_do_not_fit_are_named():
         karat_attention(q, k, v, Fourier(2), coef, weight.transpose(1, 2))
     with pytest.raises(ValueError, match="unknown backend 'contract': did you mean 'contraction'"):
         karat_attention(q, k, v, Fourier(2), coef, weight, backend="contract")
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 3e7, 1e9])
+def test_large_rows_are_projected_on_the_simplex_too(size):
+    """The projection does not see a number that is added to the whole row; sums of large numbers would."""
+    torch.manual_seed(0)
+    y = torch.cat([torch.rand(4, 197), torch.tensor([[1.0] + 196 * [0.0]])]) * torch.tensor(size).log10() + size
+    exact = project_simplex(y.double() - y.double().amax(dim=-1, keepdim=True))
+    x = project_simplex(y)
+    torch.testing.assert_close(x.double(), exact, rtol=0, atol=1e-6)
+    torch.testing.assert_close(x.sum(dim=-1), torch.ones(5), rtol=0, atol=1e-5)
+    assert torch.equal(project_simplex(torch.tensor([[size * 2, 0.0]])), torch.tensor([[1.0, 0.0]]))

@@ -267,7 +267,7 @@ def test_a_checkpoint_keeps_every_option(attention, options, tmp_path):
 
 @pytest.mark.parametrize("options, said", [
     (dict(attention="hybrid"), "'hybrid' takes at least one of the two"),
-    (dict(attention="karat", softmax_heads=[0]), "'karat' and 'softmax' take neither"),
+    (dict(attention="karat", softmax_heads=[0]), "'karat' neither"),
     (dict(attention="hybrid", softmax_heads=[4]), r"softmax head 4 is not one of 0 .. 3"),
     (dict(attention="hybrid", softmax_heads=[1, 1]), r"softmax head 1 .* given twice: got \[1, 1\]"),
     (dict(attention="hybrid", softmax_heads=[-1]), "head index must be >= 0, got -1"),

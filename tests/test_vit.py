@@ -209,3 +209,14 @@ def test_tokens_are_the_class_token_then_the_patches_row_by_row():
 def test_an_empty_batch_gives_no_logits():
     for attention in ("softmax", "karat"):
         assert pico(attention)(torch.zeros(0, 3, 8, 8)).shape == (0, 10)
+
+
+@pytest.mark.parametrize("part, said", [("act_layer", "blocks.0.mlp.act = ReLU"), ("norm_layer", "eps=0.01.* 1e-06")])
+def test_timm_models_of_another_function_are_refused(part, said):
+    import timm
+
+    options = {part: {"act_layer": "relu", "norm_layer": lambda dim, **_: torch.nn.LayerNorm(dim, eps=1e-2)}[part]}
+    source = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10, depth=1, **options)
+    model = kl.create_model("vit_tiny", "softmax", img_size=32, depth=1)
+    with pytest.raises(ValueError, match=said + ".*its outputs would differ"):
+        kl.load_timm_weights(model, source)
