@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
                 text = json.dumps(results, indent=1)
                 write_whole(args.results, lambda temporary, text=text: temporary.write_text(text + "\n"))
     for name, line in _summaries(results["runs"]).items():
-        say(f"{name:8s} test accuracy {line['mean']:.2%} +- {line['std']:.2%} over {line['seeds']} seed(s)")
+        spread = "with one seed" if line["std"] is None else f"+- {line['std']:.2%} over {line['seeds']} seeds"
+        say(f"{name:8s} test accuracy {line['mean']:.2%} {spread}")
     if args.results is not None:
         say(f"written: {args.results}")
 
@@ -211,11 +212,11 @@ def _runs_so_far(args, variants) -> list[dict]:
 
 
 def _summaries(runs: list[dict]) -> dict[str, dict]:
-    """Mean and spread (standard deviation over seeds, n - 1) of the final test accuracy of every variant."""
+    """Mean and spread (standard deviation over seeds, n - 1; None for one) of every variant's final test accuracy."""
     found = {}
     for name in dict.fromkeys(run["attention"] for run in runs):
         accuracy = torch.tensor([run["accuracy"] for run in runs if run["attention"] == name], dtype=torch.float64)
-        spread = accuracy.std().item() if len(accuracy) > 1 else 0.0
+        spread = accuracy.std().item() if len(accuracy) > 1 else None
         found[name] = {"mean": accuracy.mean().item(), "std": spread, "seeds": len(accuracy)}
     return found
 
@@ -241,6 +242,8 @@ class _Pair(argparse.Action):
     """Two numbers, or `none` alone."""
 
     def __call__(self, parser, namespace, values, option_string=None):
+        if None in values and len(values) > 1:
+            parser.error(f"{option_string} takes two numbers, or `none` alone.")
         setattr(namespace, self.dest, None if values == [None] else tuple(values))
 
 

@@ -73,9 +73,10 @@ def train(
     Under torchrun or accelerate launch every process calls this with the same arguments; each takes its share of every
     batch, and the first one alone writes, shows and calls `on_epoch`.
 
-    Returns the `History`. Raises `ValueError` if classes or sizes of data, model and recipe do not fit or resume.pt is
-    damaged or of another training, `OSError` if a file cannot be written, `FloatingPointError` if the loss is no longer
-    finite (what stands in `out` is then the last good epoch).
+    Returns the `History`. Raises `TypeError` for data, a recipe or card entries of another kind, `ValueError` if
+    classes or sizes of data, model and recipe do not fit or resume.pt is damaged or of another training, `OSError` if a
+    file cannot be written, `FloatingPointError` if the loss is no longer finite (what stands in `out` is then the last
+    good epoch).
     """
     if (snapshots or resume) and out is None:
         raise ValueError("snapshots and resume need out=FOLDER, where they are kept.")
@@ -86,7 +87,10 @@ def train(
     at_least("seed", seed, 0), at_least("workers", workers, 0), at_least("log_every", log_every, 0)
     if not save_minutes >= 0:
         raise ValueError(f"save_minutes must be >= 0 (0 saves after every step), got {save_minutes}.")
-    json.dumps(card)  # better now than after an epoch
+    try:
+        json.dumps({**(card or {}), "config": model.config})  # better now than after an epoch
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the card must hold what JSON can say, got {card!r} ({error}).") from error
     engine = Engine(pick_device(device), recipe.precision)
     _check_fit(model, train_data, test_data, recipe, engine.part[1])
     out = None if out is None else Path(out)

@@ -57,7 +57,7 @@ def test_the_summary_of_seeds():
     runs = [{"attention": "karat", "accuracy": value} for value in (0.5, 0.7, 0.9)]
     runs += [{"attention": "softmax", "accuracy": 0.1}]
     assert summaries(runs)["karat"] == pytest.approx({"mean": 0.7, "std": 0.2, "seeds": 3})
-    assert summaries(runs)["softmax"] == pytest.approx({"mean": 0.1, "std": 0.0, "seeds": 1})
+    assert summaries(runs)["softmax"] == pytest.approx({"mean": 0.1, "std": None, "seeds": 1})
 
 
 def test_the_command_line_trains_variants_and_resumes_their_table(tmp_path, capsys):
@@ -201,6 +201,18 @@ def test_a_table_that_cannot_be_written_is_told_before_training(tmp_path):
         command_line(*QUICK, "--results", tmp_path / "folder")
     with pytest.raises(OSError, match="cannot make the folder of .*table.json .*: give another --results"):
         command_line(*QUICK, "--results", tmp_path / "file" / "table.json")
+
+
+def test_a_pair_is_two_numbers_or_none_alone(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command_line(*QUICK, "--crop-scale", "none", "1")
+    assert "--crop-scale takes two numbers, or `none` alone" in capsys.readouterr().err
+
+
+def test_one_seed_has_no_spread(capsys):
+    command_line(*QUICK)
+    said = [line for line in capsys.readouterr().out.splitlines() if "test accuracy" in line]
+    assert said[-1].endswith("% with one seed") and "+-" not in said[-1]
 
 
 def run_it(*arguments, **environment):

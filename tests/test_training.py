@@ -283,3 +283,9 @@ def test_wrong_arguments_are_named_before_anything_is_written(changes, error, to
     with pytest.raises(error, match=told):
         train(pico(), (data, data) if isinstance(data, str) else data, out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_that_json_cannot_hold_is_told_before_the_first_step(digits, tmp_path):
+    with pytest.raises(TypeError, match="the card must hold what JSON can say, got .*PosixPath"):
+        train(pico(), digits, out=tmp_path, card={"where": tmp_path})
+    assert not list(tmp_path.iterdir())
