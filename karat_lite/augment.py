@@ -72,10 +72,12 @@ def mirror_and_shift(images: Tensor, flip: float, shift: int, generator: torch.G
     n, channels, side, _ = images.shape
     mine, device = slice(part[0] * n, (part[0] + 1) * n), images.device
     if flip:
-        mirrored = (torch.rand(n * part[1], generator=generator)[mine] < flip).to(device)
+        mirrored = (torch.rand(n * part[1], generator=generator)[mine] < flip).to(device, non_blocking=True)
         images = torch.where(mirrored.view(n, 1, 1, 1), images.flip(-1), images)
     if shift:
-        corner = torch.randint(2 * shift + 1, (2, n * part[1]), generator=generator)[:, mine].to(device)
+        corner = torch.randint(2 * shift + 1, (2, n * part[1]), generator=generator)[:, mine].to(
+            device, non_blocking=True
+        )
         row, column = corner.unsqueeze(-1) + torch.arange(side, device=device)  # (n, side) each
         index = [torch.arange(n, device=device).view(n, 1, 1, 1), torch.arange(channels, device=device).view(-1, 1, 1)]
         images = F.pad(images, [shift] * 4)[*index, row.view(n, 1, side, 1), column.view(n, 1, 1, side)]

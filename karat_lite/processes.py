@@ -40,6 +40,9 @@ class Engine:
         self.device = self._accelerate.device
         self.part = (self._accelerate.process_index, self._accelerate.num_processes)
         self.first = self._accelerate.is_main_process
+        self.scales = self._accelerate.scaler is not None  # gradients of float16, and leaves out steps that overflow
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # `peak_memory` is this training's, not an earlier one's
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         """What to call for a training step, and the optimiser to step. `model` itself stays as it is, for tests."""
@@ -98,7 +101,8 @@ class _Around(nn.Module):
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes that PyTorch held on a GPU, or the process elsewhere, since it began; None on Windows."""
+    """The most bytes that PyTorch held on a GPU since the last `Engine` was made, or the process elsewhere since it
+    began; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -169,6 +169,10 @@ class _Training:
             bar.update(len(images) * self.engine.part[1])
             self.seconds = earlier + time.perf_counter() - started
             if self.out and time.perf_counter() - saved > 60 * self.save_minutes and self.done < self.per_epoch:
+                # Nothing is kept from which a training could only fail again: a norm that is not finite, and no scaler
+                # to leave its step out, has spoilt the weights already.
+                if not self.sums[0].isfinite() or not (norm.isfinite() or self.engine.scales):
+                    self._stop(images, at + 1, look)
                 self.save()
                 saved = time.perf_counter()
         if not self.sums[0].isfinite():

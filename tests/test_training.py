@@ -153,6 +153,23 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_epoch(factor, 
     assert_whole(tmp_path, 2, digits[1])
 
 
+def test_weights_that_a_gradient_has_spoilt_are_never_saved(digits, tmp_path):
+    """The loss of that step is still finite; resume.pt keeps the step before it, from which a mended run goes on."""
+    model, steps = pico(), []
+
+    def spoil(grad):
+        steps.append(None)
+        return grad / 0 if len(steps) == 5 else grad
+
+    hook = model.head.weight.register_hook(spoil)
+    with pytest.raises(FloatingPointError, match="at step 5, .* no longer finite"):
+        train(model, digits, out=tmp_path, save_minutes=0)
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert state["done"] == 4 and all(value.isfinite().all() for value in state["model"].values())
+    hook.remove()
+    train(pico(), digits, out=tmp_path, resume=True)
+
+
 def test_weights_broken_by_the_last_step_of_an_epoch_are_not_saved(digits, tmp_path):
     """The training loss was still finite then: only the test tells."""
     one_step = kl.Recipe(epochs=2, batch_size=256, lr=1e30, warmup_epochs=0.0)
