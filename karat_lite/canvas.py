@@ -3,7 +3,8 @@
 All colours are set here, opaque on white, so that a page's or a reader's dark style leaves no black on black.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -41,6 +42,24 @@ def as_array(what: str, values, ndim) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError(f"{what} holds {np.count_nonzero(~np.isfinite(values))} values that are not finite.")
     return values
+
+
+def as_shares(what: str, values) -> np.ndarray:
+    """Accuracies in [0, 1], one or more -> array (n,); percents are refused."""
+    values = as_array(what, values, 1)
+    if values.min() < 0 or values.max() > 1:
+        raise ValueError(
+            f"{what} must lie in [0, 1], got {values.min():g} .. {values.max():g}: divide what is in percent by 100."
+        )
+    return values
+
+
+def as_grid(grid) -> tuple[int, int]:
+    """Patches per side, or (down, across) -> (down, across)."""
+    sides = (grid, grid) if isinstance(grid, Integral) else tuple(grid) if isinstance(grid, Iterable) else ()
+    if len(sides) != 2 or not all(isinstance(n, Integral) and n >= 1 for n in sides):
+        raise ValueError(f"grid: expected patches per side, such as 8, or (down, across), got {grid!r}.")
+    return int(sides[0]), int(sides[1])
 
 
 def as_picture(what: str, image) -> np.ndarray:
@@ -120,6 +139,29 @@ def label_axes(axes, across: str, up: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
+
+
+def style(i: int) -> dict:
+    """Colour and line of the i-th of things that stand beside each other: no two of 36 look alike."""
+    return dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[(i + i // len(COLOURS)) % len(LINES)])
+
+
+def drawn_in(panels: Sequence[Axes], order: Sequence[str] | None = None) -> dict:
+    """What a legend of several panels takes, handles and labels: each name once, also what the first or last lacks.
+
+    order: of the names; None takes them as they appear.
+    """
+    found: dict = {}
+    for panel in panels:
+        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    names = [name for name in order or found if name in found]
+    return dict(handles=[found[name] for name in names], labels=names)
+
+
+def shown(name: str) -> str:
+    """What readers see for a name of the command line: "karat variance" -> "KArAt variance"."""
+    return " ".join("KArAt" if word == "karat" else word for word in name.split(" "))
 
 
 def legend(axes, **options) -> None:

@@ -9,16 +9,18 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from .canvas import (
     COLOURS,
     INK,
-    LINES,
     WIDTH,
     as_array,
+    as_shares,
     colour_bar,
     colour_scale,
+    drawn_in,
     label_axes,
     legend,
     need_mapping,
     sheet,
     show_pixels,
+    style,
 )
 
 MARKS = "osD^vP"
@@ -39,13 +41,9 @@ def changes_figure(models: Mapping[str, Mapping[str, Sequence[float]]], chance: 
                       color="#6a6a6a", va="top")  # fmt: skip
     apart = np.linspace(-0.27, 0.27, len(models)) if len(models) > 1 else [0.0]
     for i, (model, lines) in enumerate(models.items()):
-        colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+        colour, mark = COLOURS[i % len(COLOURS)], MARKS[(i + i // len(COLOURS)) % len(MARKS)]  # as `style`
         for change, values in lines.items():
-            values = as_array(f"accuracies of {model!r}", np.atleast_1d(values), 1)
-            if values.min() < 0 or values.max() > 1:
-                raise ValueError(
-                    f"accuracies of {model!r} must lie in [0, 1], got {values.min():g} .. {values.max():g}."
-                )
+            values = as_shares(f"accuracies of {model!r}", np.atleast_1d(values))
             at = names.index(change) + apart[i]
             label = model if change == next(iter(lines)) else None
             axes.plot([100 * values.min(), 100 * values.max()], [at, at], color=colour, linewidth=1.2, alpha=0.7)
@@ -71,11 +69,11 @@ def courses_figure(courses: Mapping[str, tuple[Sequence[int], Mapping[str, Seque
     for axes, (model, (steps, lines)) in zip(panels, courses.items(), strict=True):
         for change, values in lines.items():
             i = names.index(change)
-            values = as_array(f"{model}, {change}", values, 1)
+            values = as_shares(f"{model}, {change}: accuracies", values)
             if len(values) != len(steps):
                 raise ValueError(f"{model}, {change}: {len(values)} accuracies for {len(steps)} steps.")
-            style = dict(color=[INK, *COLOURS][i % 7], linestyle=["-", *LINES][i % 7], linewidth=2.4 if i == 0 else 1.6)
-            axes.plot(steps, 100 * values, label=change, **style)
+            look = dict(color=INK, linewidth=2.4) if i == 0 else dict(linewidth=1.6, **style(i - 1))
+            axes.plot(steps, 100 * values, label=change, **look)
         axes.set_title(model, fontsize=10, color=INK, loc="left")
         axes.set_ylim(0, 101)
         label_axes(axes, "step of training", "test accuracy (%)" if axes is panels[0] else "")
@@ -83,7 +81,7 @@ def courses_figure(courses: Mapping[str, tuple[Sequence[int], Mapping[str, Seque
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, prune="upper"))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     legend(panels[-1], loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, title="scores",
-           title_fontsize=9, alignment="left")  # fmt: skip
+           title_fontsize=9, alignment="left", **drawn_in(panels, names))  # fmt: skip
     return figure
 
 

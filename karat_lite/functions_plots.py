@@ -17,12 +17,14 @@ from .canvas import (
     as_array,
     colour_bar,
     colour_scale,
+    in_order,
     label_axes,
     layout,
     legend,
     need_mapping,
     sheet,
     show_pixels,
+    style,
 )
 from .checks import at_least
 
@@ -101,8 +103,7 @@ def principal_shapes(x, shapes, title: str = "") -> Figure:
         raise ValueError(f"shapes hold {lines.shape[1]} points and x {len(x)}: give the grid that they were made on.")
     figure, (axes,) = sheet(1, 1, (3.9, 1.9), margins=(0.75, 2.2, 0.55, 0.35))
     for i, (line, share) in enumerate(zip(lines, shapes.shares, strict=True)):
-        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)])
-        axes.plot(x, line, linewidth=2, label=f"shape {i + 1}: {100 * share:.1f} %", **style)
+        axes.plot(x, line, linewidth=2, label=f"shape {i + 1}: {100 * share:.1f} %", **style(i))
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xlim(x[0], x[-1])
     axes.set_title(title, fontsize=10, color=INK, loc="left")
@@ -185,18 +186,22 @@ def one_unit(x, unit, weights, title: str = "") -> Figure:
 def motion_figure(motion, layers: Sequence[int] | None = None) -> Figure:
     """How far operators have moved from the start, and how much from one snapshot to the next, layer by layer.
 
-    motion: `analysis.functions.motion`. Functions are whole lines, other parts (W) broken ones; layers: their numbers.
+    motion: `analysis.functions.motion`. Functions are whole lines, other parts (W) broken ones; the first layer is
+    dark, the last light. layers: their numbers.
     """
     steps = as_array("steps", motion.steps, 1)
     first = next(iter(motion.distance.values()))
     layers = list(range(first.shape[1])) if layers is None else list(layers)
-    figure, panels = sheet(1, 2, (3.0, 1.9), margins=(0.7, 0.15, 0.55, 0.55), gaps=(0.85, 0))
+    columns = min(4, len(layers))  # of the legend, which stands above the panels
+    rows = -(-len(motion.distance) * len(layers) // columns)
+    above = max(0.55, 0.2 + 0.16 * rows)
+    figure, panels = sheet(1, 2, (3.0, 1.9), margins=(0.7, 0.15, 0.55, above), gaps=(0.85, 0))
     for axes, values, at in zip(panels, (motion.distance, motion.change), (steps, steps[1:]), strict=True):
         for i, (part, lines) in enumerate(values.items()):
             lines = as_array(part, lines, 2)
             for j, line in enumerate(lines.T):
-                style = dict(color=COLOURS[j % len(COLOURS)], linestyle=LINES[i % len(LINES)], linewidth=1.8)
-                axes.plot(at, line, label=f"{part}, layer {layers[j]}" if axes is panels[0] else None, **style)
+                look = dict(color=in_order(j, len(layers)), linestyle=LINES[i % len(LINES)], linewidth=1.8)
+                axes.plot(at, line, label=f"{part}, layer {layers[j]}" if axes is panels[0] else None, **look)
     label_axes(panels[0], "step of training", "distance from the start / start")
     label_axes(panels[1], "step of training", "change since the last snapshot")
     panels[0].set_ylim(bottom=0)
@@ -210,9 +215,8 @@ def motion_figure(motion, layers: Sequence[int] | None = None) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     handles, names = panels[0].get_legend_handles_labels()
-    columns = max(1, len(names) // len(motion.distance)) if len(names) <= 12 else 6
     look = dict(fontsize=7.5, labelcolor=INK, frameon=False, handlelength=2.6, columnspacing=1.2)
-    order = [i * columns + j for j in range(columns) for i in range(-(-len(names) // columns))]
+    order = [i * columns + j for j in range(columns) for i in range(rows)]  # row by row
     order = [i for i in order if i < len(names)]
     figure.legend([handles[i] for i in order], [names[i] for i in order], loc="upper center", ncols=columns, **look)
     return figure

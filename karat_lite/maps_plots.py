@@ -15,15 +15,19 @@ from .canvas import (
     SIGNED,
     WIDTH,
     as_array,
+    as_grid,
     as_picture,
     colour_bar,
     colour_scale,
+    drawn_in,
     hang,
     label_axes,
     legend,
     need_mapping,
     sheet,
+    shown,
     stretch,
+    style,
     wall,
 )
 from .checks import one_of
@@ -84,13 +88,13 @@ def _spread(mask: np.ndarray, reach: int) -> np.ndarray:
     return mask
 
 
-def kinds_of_map(image, maps: Mapping[str, Mapping], grid: tuple[int, int]) -> Figure:
+def kinds_of_map(image, maps: Mapping[str, Mapping], grid: int | tuple[int, int]) -> Figure:
     """The image, and for each model a line of its maps over it: model -> title -> (n,).
 
     Every map is divided by its own largest absolute value, since kinds have different units: compare places, not sizes.
-    White at 0. grid: patches (down, across). All models have the same titles.
+    White at 0. grid: patches per side, or (down, across). All models have the same titles.
     """
-    picture, (down, across) = as_picture("image", image), grid
+    picture, (down, across) = as_picture("image", image), as_grid(grid)
     need_mapping("maps", maps)
     titles = list(next(iter(maps.values())))
     for name, its in maps.items():
@@ -122,12 +126,13 @@ def kinds_of_map(image, maps: Mapping[str, Mapping], grid: tuple[int, int]) -> F
     return figure
 
 
-def map_card(image, values, grid: tuple[int, int], title: str, label: str, facts: Mapping[str, str]) -> Figure:
+def map_card(image, values, grid: int | tuple[int, int], title: str, label: str, facts: Mapping[str, str]) -> Figure:
     """One map large: the image, the map over it with its scale, and a few facts in words; for a dashboard.
 
-    values (n,): patches row by row on `grid` (down, across). Signed maps are white at 0. label: of the scale.
+    values (n,): patches row by row on `grid`, per side or (down, across). Signed maps are white at 0. label: of the
+    scale.
     """
-    picture, (down, across) = as_picture("image", image), grid
+    picture, (down, across) = as_picture("image", image), as_grid(grid)
     values = as_array("values", values, 1)
     if len(values) != down * across:
         raise ValueError(f"{len(values)} values do not fill {down} x {across} patches.")
@@ -165,14 +170,13 @@ def deletion_curves(curves: Mapping) -> Figure:
             if x.shape != y.shape:
                 raise ValueError(f"{which} of {name!r} has {len(y)} points, its shares {len(x)}.")
             areas[name].append(np.sum((y[1:] + y[:-1]) / 2 * np.diff(x)))
-            style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)], marker="o", markersize=3.5)
-            axes.plot(100 * x, y, linewidth=2, label=name, **style)
+            axes.plot(100 * x, y, linewidth=2, marker="o", markersize=3.5, label=name, **style(i))
         axes.set_ylim(0, 1.02)
         gone = which == "deletion"
         title = f"{which}: strongest {'go' if gone else 'come'} first"
         axes.set_title(title, fontsize=10, color=INK, loc="left")
         label_axes(axes, f"patches {'filled in' if gone else 'shown'} (%)", "probability of the answer" if gone else "")
-    named = [f"{name}\n{gone:.3f}, {shown:.3f}" for name, (gone, shown) in areas.items()]
+    named = [f"{name}\n{gone:.3f}, {come:.3f}" for name, (gone, come) in areas.items()]
     panels[1].legend(panels[1].lines, named, title="areas: left, right", title_fontsize=9, fontsize=9, labelcolor=INK,
                      loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, handlelength=3.2)  # fmt: skip
     return figure
@@ -183,7 +187,8 @@ def quality_scores(summary: Sequence[Mapping], layer: int | None = None, scores:
 
     summary: that of a results file of `analysis.map_quality`. layer: the last one by default; scores: names in
     `SCORES`, by default up to five that are there. Filled marks take values as they are, hollow ones their size; these
-    are left out where that is the same. The arrow on an axis shows where better is.
+    are left out where that is the same. A std of None (one seed) draws no bar. The arrow on an axis shows where better
+    is.
     """
     rows = _of(summary)
     layer = max(row["layer"] for row in rows) if layer is None else layer
@@ -220,7 +225,7 @@ def quality_scores(summary: Sequence[Mapping], layer: int | None = None, scores:
             axes.axhline(first - 0.5, color=INK, linewidth=0.8)
         label_axes(axes, SCORES[score], "")
     marks = [
-        panels[0].plot([], [], marker="os^D"[i % 4], color=COLOURS[i % len(COLOURS)], linestyle="none", label=name)[0]
+        panels[0].plot([], [], "os^D"[i % 4], color=COLOURS[i % len(COLOURS)], label=shown(name))[0]
         for i, name in enumerate(attentions)
     ]
     marks += panels[0].plot([], [], "o", color=INK, markerfacecolor="white", label="hollow: signs dropped")
@@ -232,7 +237,7 @@ def quality_scores(summary: Sequence[Mapping], layer: int | None = None, scores:
 def quality_by_layer(summary: Sequence[Mapping], score: str = "iou", signs: str = "signed") -> Figure:
     """How one score of every kind of map changes from layer to layer: a panel for each attention, bands over seeds.
 
-    A grey line is the random map's score, where the summary has it.
+    One seed, whose std is None, has no band. A grey line is the random map's score, where the summary has it.
     """
     one_of("score", score, SCORES)
     rows = [row for row in _of(summary) if row["signs"] == signs and score in row]
@@ -248,18 +253,21 @@ def quality_by_layer(summary: Sequence[Mapping], score: str = "iou", signs: str 
         axes.sharey(panels[0])
         for i, kind in enumerate(kinds):
             line = sorted((r["layer"], r[score]) for r in rows if (r["attention"], r["map"]) == (attention, kind))
-            x, mean, std = (np.array(v) for v in zip(*((at, s["mean"], s["std"]) for at, s in line), strict=True))
-            style = dict(color=colours[i % len(colours)], linestyle=LINES[i % len(LINES)])
-            axes.plot(x, mean, linewidth=2, marker="o", markersize=3.5, label=MAPS[kind], **style)
-            axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.1, linewidth=0)
+            if not line:
+                continue  # another attention has this kind
+            x, mean, std = np.array([(at, s["mean"], s["std"] or 0.0) for at, s in line]).T
+            look = dict(color=colours[i % len(colours)], linestyle=LINES[i % len(LINES)])
+            axes.plot(x, mean, linewidth=2, marker="o", markersize=3.5, label=MAPS[kind], **look)
+            axes.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.1, linewidth=0)
         if attention in chance:
             axes.axhline(chance[attention], color="#8a8a8a", linewidth=1.5, label=MAPS["random"], zorder=1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_title(attention, fontsize=10, color=INK, loc="left")
+        axes.set_title(shown(attention), fontsize=10, color=INK, loc="left")
         label_axes(axes, "layer", SCORES[score].strip("← →") if axes is panels[0] else "")
         axes.tick_params(labelleft=axes is panels[0])
     panels[0].set_ylim(bottom=0)
-    legend(panels[-1], loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    order = [MAPS[kind] for kind in (*kinds, "random")]
+    legend(panels[-1], loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, **drawn_in(panels, order))
     return figure
 
 

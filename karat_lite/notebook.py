@@ -41,14 +41,19 @@ def setup(profile: str = "reader", seed: int = 0, device: str = "auto") -> Setup
     return chosen
 
 
-def live(draw: Callable, every: int = 1) -> Callable:
-    """A callback for `train(on_epoch=...)`: shows the figure draw(history), replaced every `every` epochs."""
+def live(draw: Callable, every: int = 1, epochs: int | None = None) -> Callable:
+    """A callback for `train(on_epoch=...)`: shows the figure draw(history), replaced every `every` epochs.
+
+    epochs: how many the training has (`recipe.epochs`): the last one is then shown even if `every` does not divide it.
+    """
+    every, epochs = at_least("every", every, 1), epochs if epochs is None else at_least("epochs", epochs, 1)
     from IPython.display import display
 
     shown: list = []
 
     def show(history) -> None:
-        if len(history.records) % every:
+        done = len(history.records)
+        if done % every and done != epochs:
             return
         if shown:
             shown[0].update(draw(history))

@@ -14,11 +14,12 @@ from .canvas import (
     COLOURS,
     FAINT,
     INK,
-    LINES,
     WIDTH,
     apart,
     as_array,
+    as_grid,
     as_picture,
+    as_shares,
     colour_bar,
     colour_scale,
     hang,
@@ -30,7 +31,9 @@ from .canvas import (
     sheet,
     short,
     show_pixels,
+    shown,
     stretch,
+    style,
     wall,
 )
 from .checks import at_least
@@ -53,11 +56,10 @@ def training_curves(histories: Mapping[str, History | Sequence[Mapping]]) -> Fig
             raise ValueError(f"the history of {name!r} must hold at least one record with {', '.join(wanted)}.")
         epoch, train, test, right = ([record[key] for record in records] for key in wanted)
         right = [100 * share for share in right]
-        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)])
         dot = dict(marker="o", markersize=3.5) if len(epoch) <= 20 else {}
-        loss.plot(epoch, train, linewidth=1, alpha=0.75, label=f"{name}, training", **style)
-        loss.plot(epoch, test, linewidth=2, label=f"{name}, test", **style, **dot)
-        accuracy.plot(epoch, right, linewidth=2, label=f"{name}: {right[-1]:.1f} % at the end", **style, **dot)
+        loss.plot(epoch, train, linewidth=1, alpha=0.75, label=f"{name}, training", **style(i))
+        loss.plot(epoch, test, linewidth=2, label=f"{name}, test", **style(i), **dot)
+        accuracy.plot(epoch, right, linewidth=2, label=f"{name}: {right[-1]:.1f} % at the end", **style(i), **dot)
     loss.set_ylim(bottom=0)
     for axes, label in ((loss, "cross-entropy (nats)"), (accuracy, "test accuracy (%)")):
         label_axes(axes, "epoch", label)
@@ -74,13 +76,11 @@ def twins_accuracy(results: Mapping) -> Figure:
     need_mapping("results", results)
     groups: dict[str, list] = {}
     for run in results.get("runs", ()):
-        groups.setdefault(run["attention"], []).append(run["accuracy"])
-    groups = {name: as_array(f"accuracies of {name!r}", values, 1) for name, values in (groups or results).items()}
+        groups.setdefault(shown(run["attention"]), []).append(run["accuracy"])
+    groups = {name: as_shares(f"accuracies of {name!r}", values) for name, values in (groups or results).items()}
     name_width = 0.25 + 0.085 * max(map(len, groups))
     figure, (axes,) = sheet(1, 1, (4.5, 0.75 * len(groups)), margins=(name_width, 0.1, 0.55, 0.1))
-    for i, (name, values) in enumerate(groups.items()):
-        if values.min() < 0 or values.max() > 1:
-            raise ValueError(f"accuracies of {name!r} must lie in [0, 1], got {values.min():g} .. {values.max():g}.")
+    for i, values in enumerate(groups.values()):
         colour, mean = COLOURS[i % len(COLOURS)], 100 * values.mean()
         spread = f" ± {100 * values.std(ddof=1):.2f}" if len(values) > 1 else ""
         height = i + np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [i]
@@ -167,7 +167,7 @@ def attention_over_image(
         label: what the colour bars measure; with several lines of pictures also name -> label.
     """
     picture = as_picture("image", image)
-    down, across = (grid, grid) if isinstance(grid, int) else grid
+    down, across = as_grid(grid)
     models = {}
     for name, values in (rows if isinstance(rows, Mapping) else {"": rows}).items():
         values = np.atleast_2d(as_array("rows" if name == "" else f"rows of {name!r}", values, (1, 2)))
@@ -193,8 +193,8 @@ def attention_over_image(
         colours = colour_scale(values, signed)
         weights = colours.cmap(colours.norm(values.reshape(-1, down, across)))[..., :3]
         over = [(1 - GHOST) * stretch(head, grey.shape) + GHOST * grey for head in weights]
-        for shown, title, place in zip([picture, *over], ["image", *titles], line, strict=False):
-            hang(axes, shown, place, title if i == 0 else "")
+        for drawn, title, place in zip([picture, *over], ["image", *titles], line, strict=False):
+            hang(axes, drawn, place, title if i == 0 else "")
         left, bottom, _, height = line[0]
         middle = dict(rotation=90, ha="center", va="center", fontsize=10, color=INK)
         axes.text(left / 2, bottom + height / 2, name, **middle)
@@ -241,16 +241,15 @@ def learned_functions(
         label_axes(below, "", "scores (%)")
         below.yaxis.set_major_locator(MaxNLocator(2))
     axes.axhline(0, color=INK, linewidth=0.8)
-    shown = 0
+    named = 0
     for curve, label in zip(curves, labels, strict=True):
         if not label:
             axes.plot(x, curve, color=FAINT, linewidth=0.8, zorder=1.5)
             continue
-        style = dict(color=COLOURS[shown % len(COLOURS)], linestyle=LINES[shown % len(LINES)])
-        axes.plot(x, curve, linewidth=2.2, label=label, **style)
-        shown += 1
-    if shown:  # above the lines, where it hides none
-        legend(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=shown, frameon=False, borderaxespad=0.1)
+        axes.plot(x, curve, linewidth=2.2, label=label, **style(named))
+        named += 1
+    if named:  # above the lines, where it hides none
+        legend(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=named, frameon=False, borderaxespad=0.1)
     label_axes(axes, "", f"${symbol}$(score)")
     label_axes(below, "score $S_{kq}$", below.get_ylabel())
     axes.set_title(title, fontsize=10, color=INK, loc="left")

@@ -1,16 +1,19 @@
 """Figures from tables of runs: what `python -m karat_lite.train --results FILE.json` wrote, read by `json.loads`.
 
 A variant is what such a table calls "attention": softmax, karat, or what differs within the call ("karat paper").
+Figures write KArAt for karat.
 """
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from .canvas import COLOURS, INK, LINES, WIDTH, label_axes, legend, need_mapping, sheet, short
+from .canvas import INK, WIDTH, as_shares, label_axes, legend, need_mapping, sheet, short, shown, style
 from .checks import one_of
 
 SIGNALS = {  # of `analysis.signal.signal_sizes`, and the norm of all gradients
@@ -25,19 +28,26 @@ SIGNALS = {  # of `analysis.signal.signal_sizes`, and the norm of all gradients
 def accuracy_by_epoch(results: Mapping, variants: Sequence[str] | Mapping[str, str] | None = None) -> Figure:
     """Test accuracy epoch by epoch: for every variant the mean of its seeds as a line, in a band from worst to best.
 
-    variants: which, in which order, or a dict that says what to call each; None takes all.
+    variants: which, in which order, or a dict that says what to call each; None takes all. Raises `ValueError` where
+    the seeds of a variant were trained for different numbers of epochs.
     """
     runs = _runs_of(results, variants)
-    beside = 1.5 + 0.072 * max(map(len, runs))
+    beside = 1.7 + 0.072 * max(map(len, runs))
     figure, (axes,) = sheet(1, 1, (WIDTH - 0.65 - beside, 3.2), margins=(0.65, beside, 0.55, 0.15))
     for i, (name, mine) in enumerate(runs.items()):
-        curves = 100 * np.array([run["test_accuracy"] for run in mine])  # (seed, epoch)
+        epochs = sorted({len(run["test_accuracy"]) for run in mine})
+        if len(epochs) > 1:
+            raise ValueError(
+                f"the seeds of {name!r} have {' and '.join(map(str, epochs))} epochs, and their mean needs as many of "
+                "each: draw a table of runs of one length."
+            )
+        curves = 100 * np.array([as_shares(f"accuracies of {name!r}", run["test_accuracy"]) for run in mine])
         epoch, last = np.arange(1, 1 + curves.shape[1]), curves[:, -1]
         spread = f" ± {last.std(ddof=1):.1f}" if len(last) > 1 else ""
-        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)])
-        axes.fill_between(epoch, curves.min(axis=0), curves.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
+        look = style(i)
+        axes.fill_between(epoch, curves.min(axis=0), curves.max(axis=0), color=look["color"], alpha=0.15, linewidth=0)
         said = f"{name}: {last.mean():.1f}{spread} %"
-        axes.plot(epoch, curves.mean(axis=0), linewidth=2, label=said, **style)
+        axes.plot(epoch, curves.mean(axis=0), linewidth=2, label=said, **look)
     seeds = sorted({len(mine) for mine in runs.values()})
     label_axes(axes, "epoch", f"test accuracy (%), {' or '.join(map(str, seeds))} seed{'s' * (seeds[-1] > 1)}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -55,18 +65,22 @@ def accuracy_by_setting(accuracies: Mapping[str, Mapping[float, Sequence[float]]
     figure, (axes,) = sheet(1, 1, (5.6, 3.0), margins=(0.65, 0.2, 0.55, 0.35))
     for i, (name, by_value) in enumerate(accuracies.items()):
         need_mapping(f"accuracies of {name!r}", by_value)
+        for value in by_value:
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(
+                    f"{across} of {name!r} must be a number, got {value!r}: the keys of a JSON file are strings, make "
+                    "them numbers by float(key)."
+                )
         values = sorted(by_value)
         if values[0] <= 0:
             raise ValueError(f"a logarithmic axis has no place for {across} = {values[0]:g}: values must be positive.")
-        means = [100 * float(np.mean(by_value[value])) for value in values]
-        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)])
-        best = int(np.argmax(means))
-        axes.plot(
-            values, means, linewidth=2, label=f"{name}: best mean {means[best]:.1f} % at {values[best]:g}", **style
-        )
-        for value in values:
-            seeds = 100 * np.asarray(by_value[value], dtype=float)
-            axes.plot([value] * len(seeds), seeds, "os^Dv"[i % 5], color=style["color"], markeredgecolor="white")
+        seeds = [100 * as_shares(f"accuracies of {name!r} at {across} = {v:g}", by_value[v]) for v in values]
+        means = [float(each.mean()) for each in seeds]
+        best, look = int(np.argmax(means)), style(i)
+        said = f"{name}: best mean {means[best]:.1f} % at {values[best]:g}"
+        axes.plot(values, means, linewidth=2, label=said, **look)
+        for value, each in zip(values, seeds, strict=True):
+            axes.plot([value] * len(each), each, "os^Dv"[i % 5], color=look["color"], markeredgecolor="white")
     axes.set_xscale("log")
     marks = sorted({value for by_value in accuracies.values() for value in by_value})
     axes.set_xticks(marks, [f"{value:g}" for value in marks])
@@ -129,18 +143,19 @@ def _runs_of(results: Mapping, variants: Sequence[str] | Mapping[str, str] | Non
         found.setdefault(run["attention"], []).append(run)
     if variants is not None and len(variants) == 0:
         raise ValueError(f"no variant is chosen: name some of {', '.join(found)}, or give None for all.")
-    chosen = variants if isinstance(variants, Mapping) else {name: name for name in variants or found}
+    chosen = variants if isinstance(variants, Mapping) else {name: shown(name) for name in variants or found}
     return {title: found[one_of("variant", name, found)] for name, title in chosen.items()}
 
 
 def _over_seeds(name: str, runs: list, signal: str, last: int) -> tuple[np.ndarray, np.ndarray]:
     """Steps (n,) and the geometric mean over the seeds (n, blocks)."""
-    step = np.array([record["step"] for record in runs[0]["steps"]])
-    step = step[step <= last]
-    if len(step) == 0:
+    steps = [[record["step"] for record in run["steps"] if record["step"] <= last] for run in runs]
+    if not any(steps):
         raise ValueError(f"{name!r} was not logged up to step {last}.")
-    logged = [[np.atleast_1d(record[signal]) for record in run["steps"][: len(step)]] for run in runs]
-    return step, np.exp(np.log(np.array(logged, dtype=float)).mean(axis=0))
+    if any(step != steps[0] for step in steps):
+        raise ValueError(f"the seeds of {name!r} were logged at different steps: draw runs of one --log-every.")
+    logged = [[np.atleast_1d(record[signal]) for record in run["steps"][: len(steps[0])]] for run in runs]
+    return np.array(steps[0]), np.exp(np.log(np.array(logged, dtype=float)).mean(axis=0))
 
 
 def _between(share: float) -> str:

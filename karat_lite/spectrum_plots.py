@@ -8,10 +8,25 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from .analysis.spectrum import Bands, bands, effective_rank
 from .analysis.weights import Histograms, WeightStatistics
-from .canvas import COLOURS, FAINT, INK, LINES, WIDTH, as_array, in_order, label_axes, legend, need_mapping, sheet
+from .canvas import (
+    COLOURS,
+    FAINT,
+    INK,
+    LINES,
+    WIDTH,
+    as_array,
+    drawn_in,
+    in_order,
+    label_axes,
+    legend,
+    need_mapping,
+    sheet,
+    style,
+)
 from .checks import at_least
 
 SIDES = ("before", "after")  # the activation
+MARKS = "osD^v"
 
 
 def singular_values(
@@ -50,7 +65,7 @@ def singular_values(
         _limits(panel, (limits or {}).get(title, {}))
         panel.set_title(title, fontsize=10, color=INK, loc="left")
         _index_axes(panel, relative if panel is axes[0] else None)
-    legend(axes[-1], loc="upper right")
+    legend(axes[-1], loc="upper right", **drawn_in(axes))
     return figure
 
 
@@ -73,8 +88,10 @@ def ranks_by_layer(panels: Mapping[str, Mapping[str, Mapping]], limits: Mapping[
             for side, values in sides.items():
                 values = np.atleast_2d(as_array(f"{title}, {model}, {side}", values, (1, 2)))
                 spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
-                colour, before = COLOURS[models.index(model) % len(COLOURS)], side == "before"
-                look = dict(linestyle=LINES[1 if before else 0], marker="o", markersize=5.5, capsize=2.5)
+                again, i = divmod(models.index(model), len(COLOURS))  # dashes tell sides, so marks tell these apart
+                colour, before = COLOURS[i], side == "before"
+                look = dict(linestyle=LINES[1 if before else 0], marker=MARKS[again % len(MARKS)])
+                look |= dict(markersize=5.5, capsize=2.5)
                 look |= dict(color=colour, markerfacecolor="white" if before else colour)
                 panel.errorbar(range(values.shape[1]), values.mean(axis=0), spread, label=f"{model}, {side}", **look)
         for label, height in (limits or {}).items():
@@ -86,9 +103,8 @@ def ranks_by_layer(panels: Mapping[str, Mapping[str, Mapping]], limits: Mapping[
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_title(title, fontsize=10, color=INK, loc="left")
         label_axes(panel, "layer", "")
-    handles = axes[0].get_legend_handles_labels()
     # In two lines where one would not fit.
-    shown = dict(
+    look = dict(
         loc="upper center",
         ncols=4 if len(panels) > 1 else 2,
         frameon=False,
@@ -96,7 +112,7 @@ def ranks_by_layer(panels: Mapping[str, Mapping[str, Mapping]], limits: Mapping[
         labelcolor=INK,
         handlelength=3.2,
     )
-    figure.legend(*handles, **shown)
+    figure.legend(**drawn_in(axes), **look)
     return figure
 
 
@@ -165,15 +181,14 @@ def tails(
                 continue  # all equal: no shape to compare
             z = (snapshot - snapshot.mean()) / snapshot.std()
             density = np.histogram(z, edges)[0] / (len(z) * np.diff(edges))
-            look = dict(color=COLOURS[t % len(COLOURS)], linestyle=LINES[t % len(LINES)], linewidth=1.6)
-            panel.plot(middles, np.where(density > 0, density, np.nan), label=name, **look)
+            panel.plot(middles, np.where(density > 0, density, np.nan), label=name, linewidth=1.6, **style(t))
         panel.set(yscale="log", ylim=(1e-5, 1), xlim=(-8, 8))
         panel.set_title(kind, fontsize=10, color=INK, loc="left")
         _log_axis(panel)
         panel.tick_params(labelleft=i % columns == 0)
         label_axes(panel, "standard deviations", "density" if i % columns == 0 else "")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="upper center", ncols=4, frameon=False, fontsize=9, labelcolor=INK, handlelength=3.2)
+    look = dict(ncols=4, frameon=False, fontsize=9, labelcolor=INK, handlelength=3.2)
+    figure.legend(**drawn_in(axes, ["normal", *names]), loc="upper center", **look)
     return figure
 
 
@@ -193,14 +208,11 @@ def over_training(steps: Sequence[int], panels: Mapping[str, Mapping[str, np.nda
             values = np.asarray(values, dtype=float)
             if values.shape != (len(steps),):
                 raise ValueError(f"{name!r} has shape {values.shape}, but there are {len(steps)} steps.")
-            i = names.index(name)
-            look = dict(color=COLOURS[i % len(COLOURS)], linestyle=LINES[(i + i // len(COLOURS)) % len(LINES)])
-            panel.plot(steps, values, label=name, linewidth=1.8, **look)
+            panel.plot(steps, values, label=name, linewidth=1.8, **style(names.index(name)))
         label_axes(panel, "step", label)
         _step_axis(panel)
-    handles = {name: line for panel in axes for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
     look = dict(frameon=False, fontsize=9, labelcolor=INK, handlelength=3.2)
-    axes[-1].legend(list(handles.values()), list(handles), loc="center left", bbox_to_anchor=(1.01, 0.5), **look)
+    axes[-1].legend(**drawn_in(axes), loc="center left", bbox_to_anchor=(1.01, 0.5), **look)
     return figure
 
 
@@ -283,12 +295,10 @@ def _across(count: int, gap: float) -> float:
 
 
 def _band(panel, band: Bands, i: int, name: str, line: int | None = None) -> None:
-    line = i if line is None else line
+    look = style(i) | ({} if line is None else dict(linestyle=LINES[line]))
     index = np.arange(1, len(band.mean) + 1)
-    panel.fill_between(index, band.low, band.high, color=COLOURS[i % len(COLOURS)], alpha=0.2, linewidth=0)
-    panel.plot(
-        index, band.mean, color=COLOURS[i % len(COLOURS)], linestyle=LINES[line % len(LINES)], linewidth=2, label=name
-    )
+    panel.fill_between(index, band.low, band.high, color=look["color"], alpha=0.2, linewidth=0)
+    panel.plot(index, band.mean, linewidth=2, label=name, **look)
 
 
 def _limits(panel, limits: Mapping[str, int]) -> None:

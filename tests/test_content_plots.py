@@ -1,5 +1,7 @@
 """Figures of functions and changed scores draw what they are given, and all of it; bad arrays are named."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -28,9 +30,9 @@ def a_unit(**options):
     return fn.unit(operator, X, np.ones(21), 1, 2)
 
 
-def motion(parts=("functions", "W"), T=4):
+def motion(parts=("functions", "W"), T=4, L=2):
     rows = np.random.default_rng(0).random
-    return fn.Motion(np.arange(T) * 10, {p: rows((T, 2)) for p in parts}, {p: rows((T - 1, 2)) for p in parts}, None)
+    return fn.Motion(np.arange(T) * 10, {p: rows((T, L)) for p in parts}, {p: rows((T - 1, L)) for p in parts}, None)
 
 
 CHANGES = {"softmax": {"as they are": [0.9, 0.8], "zero": [0.1, 0.2]}, "KArAt": {"as they are": [0.7], "zero": 0.6}}
@@ -46,6 +48,7 @@ SCENES = {
     "unit, W first": lambda: functions_plots.one_unit(X, a_unit(order="phi_w"), np.ones(21), "a title"),
     "motion": lambda: functions_plots.motion_figure(motion()),
     "motion, one part": lambda: functions_plots.motion_figure(motion(["functions"]), [3, 5]),
+    "motion, twelve layers": lambda: functions_plots.motion_figure(motion(L=12)),
     "history": lambda: functions_plots.function_history(X, HISTORY, [0, 9]),
     "changes": lambda: content_plots.changes_figure(CHANGES, chance=0.1),
     "courses": lambda: content_plots.courses_figure({**COURSES, "KArAt": COURSES["softmax"]}),
@@ -122,6 +125,30 @@ def test_motion_and_history_draw_their_lines():
     assert first.get_title() == "a" and bar.get_ylabel() == "step of training"
 
 
+def test_every_layer_has_a_look_of_its_own():
+    deep = SCENES["motion, twelve layers"]()
+    for axes in deep.axes:
+        assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 24
+        assert axes.lines[0].get_color() == axes.lines[12].get_color(), "a layer has one colour, a part one line"
+    deep.draw_without_rendering()
+    assert deep.legends[0].get_window_extent().y0 > max(axes.get_window_extent().y1 for axes in deep.axes)
+    shapes = SimpleNamespace(shapes=np.ones((8, 21)), shares=np.full(8, 0.125))
+    lines = functions_plots.principal_shapes(X, shapes).axes[0].lines[:8]
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}) == 8
+
+
+def test_changes_are_told_apart_and_all_of_them_are_named():
+    (axes,) = content_plots.changes_figure({f"model {i}": {"zero": 0.1} for i in range(8)}).axes
+    marks = {line.get_label(): (line.get_color(), line.get_marker()) for line in axes.lines}
+    assert len({look for name, look in marks.items() if name.startswith("model")}) == 8
+    course = {f"change {i}": [0.1, 0.2] for i in range(8)}
+    figure = content_plots.courses_figure({"a": ([0, 5], course), "b": ([0, 5], {"change 0": [0.1, 0.2]})})
+    looks = [(line.get_color(), str(line._unscaled_dash_pattern)) for line in figure.axes[0].lines]
+    assert len(set(looks)) == 8
+    named = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert named == list(course), "also those that the last model lacks"
+
+
 def test_changes_courses_and_places_draw_what_they_are_given():
     (axes,) = SCENES["changes"]().axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["as they are", "zero"]
@@ -146,6 +173,7 @@ BAD = {
     "weights": (lambda: functions_plots.one_unit(X, a_unit(), np.ones(5)), "as many points: 21, 5, 21"),
     "history": (lambda: functions_plots.function_history(X, {"a": np.ones((3, 21))}, [0, 9]), r"\(2, 21\).*\(3, 21\)"),
     "percent": (lambda: content_plots.changes_figure({"a": {"zero": [50.0]}}), r"\[0, 1\], got 50 .. 50"),
+    "percents": (lambda: content_plots.courses_figure({"a": ([0], {"x": [50.0]})}), r"a, x: accuracies.*by 100"),
     "steps": (lambda: content_plots.courses_figure({"a": ([0, 1], {"zero": [0.5]})}), "1 accuracies for 2 steps"),
     "empty": (lambda: content_plots.places_figure({}), "empty"),
 }  # fmt: skip

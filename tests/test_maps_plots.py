@@ -59,6 +59,8 @@ def test_every_kind_of_map_has_a_scale_of_its_own():
     assert np.allclose(small, large) and not np.allclose(small, original)
     red, blue, white = small[3, 3], small[3, 5], small[0, 0]
     assert red[0] > red[2] and blue[2] > blue[0] and np.ptp(white) < 0.05
+    side = maps_plots.kinds_of_map(torch.ones(3, 8, 8), {"a": {"small": values}}, np.int64(4)).axes[0].images[1]
+    assert np.array_equal(side.get_array(), small), "one number is patches per side"
     assert "share of the map's largest value" in texts(figure) and "small" in texts(figure)
 
 
@@ -122,12 +124,38 @@ def test_layers_are_followed():
     assert band.max() == pytest.approx(0.5) and band.min() == pytest.approx(0.19)
 
 
+def test_one_seed_has_no_bar_and_no_band():
+    alone = [{key: {**part, "std": None} if isinstance(part, dict) else part for key, part in row.items()}
+             for row in SUMMARY]  # fmt: skip
+    figure = maps_plots.quality_scores(alone)
+    assert not [line for axes in figure.axes for line in axes.collections], "no bar of an error"
+    left, _ = maps_plots.quality_by_layer(alone).axes
+    assert np.allclose(left.lines[0].get_ydata(), [0.2, 0.4])
+    assert np.ptp(left.collections[0].get_paths()[0].vertices[:, 1]) == pytest.approx(0.2), "a band of no width"
+
+
+def test_a_legend_names_what_any_panel_draws_as_the_text_does():
+    rows = [*SUMMARY, *(row("softmax", "added", layer, "signed", iou=(0.3, 0.0)) for layer in (0, 1))]
+    softmax, karat = maps_plots.quality_by_layer(rows).axes
+    assert [axes.get_title(loc="left") for axes in (softmax, karat)] == ["softmax", "KArAt"]
+    assert [len(axes.lines) for axes in (softmax, karat)] == [2, 2], "a line for each kind that is there, and chance"
+    assert [text.get_text() for text in karat.get_legend().get_texts()] == [
+        "activated, head mean", "size added", "random"
+    ]  # fmt: skip
+    assert "KArAt" in texts(maps_plots.quality_scores(SUMMARY))
+    many = {f"map {i}": CURVES["softmax"] for i in range(8)}
+    lines = maps_plots.deletion_curves(many).axes[0].lines
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}) == 8
+
+
 BAD = {
     "titles": (
         lambda: maps_plots.kinds_of_map(IMAGE, {"a": {"x": torch.rand(4)}, "b": {"y": torch.rand(4)}}, (2, 2)),
         "give the same",
     ),
     "values": (lambda: maps_plots.kinds_of_map(IMAGE, {"a": {"x": torch.rand(5)}}, (2, 2)), "do not fill 2 x 2"),
+    "grid": (lambda: maps_plots.kinds_of_map(IMAGE, {"a": {"x": torch.rand(4)}}, (2,)), "patches per side"),
+    "a card's grid": (lambda: maps_plots.map_card(IMAGE, [1.0] * 4, 2.0, "", "", {}), "patches per side.*got 2.0"),
     "a card's values": (
         lambda: maps_plots.map_card(IMAGE, [1.0] * 5, (2, 2), "", "", {}),
         "5 values do not fill 2 x 2",

@@ -115,9 +115,19 @@ def test_live_figures_replace_one_another():
 
     last = LIVE.replace("(1, 2, 3)", "(3,)")
     never = LIVE.replace("}))\nfor", "}), every=4)\nfor")
-    cells = [nbformat.v4.new_code_cell(source) for source in (LIVE, last, last.replace("(3,)", "(1,)"), never)]
+    ended = LIVE.replace("}))\nfor", "}), every=2, epochs=3)\nfor")
+    sources = (LIVE, last, last.replace("(3,)", "(1,)"), never, ended)
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
     nb = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(nb, kernel_name="python3", timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [[out.get("data", {}) for out in cell.outputs] for cell in nb.cells]
-    shown, expected, first, none = [[data["image/png"] for data in each if "image/png" in data] for each in outputs]
+    shown, expected, first, none, end = ([d["image/png"] for d in each if "image/png" in d] for each in outputs)
     assert len(shown) == 1 and shown == expected != first and never != LIVE and none == []
+    assert end == expected, "the last epoch is shown though 2 does not divide 3"
+
+
+def test_live_figures_need_a_number_of_epochs():
+    with pytest.raises(ValueError, match="every must be >= 1, got 0"):
+        notebook.live(print, every=0)
+    with pytest.raises(ValueError, match="epochs must be >= 1, got 0"):
+        notebook.live(print, epochs=0)

@@ -58,6 +58,25 @@ def test_training_curves_draw_what_was_written_down():
     assert "softmax: 91.0 % at the end" in texts(figure)
 
 
+def test_thirty_six_lines_look_different():
+    looks = [canvas.style(i) for i in range(36)]
+    assert len({(look["color"], look["linestyle"]) for look in looks}) == 36
+    assert [look["color"] for look in looks[:6]] == list(canvas.COLOURS)
+    assert [look["linestyle"] for look in looks[:6]] == list(canvas.LINES)
+    loss, accuracy = plots.training_curves({f"model {i}": history(0.5, 0.9) for i in range(8)}).axes
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in accuracy.lines}) == 8
+    many = plots.learned_functions(X, [X] * 8, [f"curve {i}" for i in range(8)]).axes[0].get_legend().get_lines()
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in many}) == 8
+
+
+def test_readers_see_the_name_of_the_text():
+    runs = [{"attention": name, "accuracy": 0.9} for name in ("softmax", "karat", "karat rank 4")]
+    (axes,) = plots.twins_accuracy({"runs": runs}).axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["softmax", "KArAt", "KArAt rank 4"]
+    (axes,) = plots.twins_accuracy({"karat": [0.9]}).axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["karat"], "what the caller says stays"
+
+
 def test_twins_accuracy_draws_every_seed_and_the_mean():
     runs = [{"attention": a, "accuracy": v} for a, v in (("softmax", 0.95), ("karat", 0.9), ("softmax", 0.97))]
     (axes,) = plots.twins_accuracy({"runs": runs, "command": "..."}).axes
@@ -150,6 +169,9 @@ def test_attention_lies_over_the_patches_that_it_belongs_to():
     expected = np.zeros((8, 8), dtype=bool)
     expected[2:4, 4:6] = True
     assert np.array_equal(there, expected)
+    for grid in (np.int64(4), [4, 4], np.array([4, 4]), (np.int32(4), 4)):
+        same = plots.attention_over_image(image, rows, grid).axes[0].images[2].get_array()
+        assert np.array_equal(same, second)
 
 
 def test_attention_keeps_the_sign():
@@ -219,6 +241,9 @@ BAD = {
     "not finite": (lambda: plots.matrices({"S": torch.full((3, 3), math.nan)}), ValueError, "9 values that are not"),
     "own entry": (lambda: plots.attention_over_image(IMAGE, torch.rand(4, 17), 4), ValueError, r"\[\.\.\., 1:\]"),
     "grid": (lambda: plots.attention_over_image(IMAGE, torch.rand(4, 9), 4), ValueError, "4 x 4"),
+    "no grid": (lambda: plots.attention_over_image(IMAGE, torch.rand(4), "2"), ValueError, r"patches per side.*'2'"),
+    "half a grid": (lambda: plots.attention_over_image(IMAGE, torch.rand(4), 2.5), ValueError, "got 2.5"),
+    "three sides": (lambda: plots.attention_over_image(IMAGE, torch.rand(4), (2, 2, 1)), ValueError, "(down, across)"),
     "head titles": (lambda: plots.attention_over_image(IMAGE, torch.rand(4, 4), 2, ["a"]), ValueError, "4 heads"),
     "labels of bars": (
         lambda: plots.attention_over_image(IMAGE, {"a": torch.rand(4), "b": torch.rand(4)}, 2, label={"a": "score"}),

@@ -28,12 +28,37 @@ def test_accuracy_is_the_mean_of_the_seeds_and_the_band_their_range():
     band = axes.collections[0].get_paths()[0].vertices
     assert np.isclose(band[:, 1].min(), 10) and np.isclose(band[:, 1].max(), 60)
     assert "softmax: 50.0 ± 14.1 %" in texts(figure) and "2 seeds" in texts(figure)
+    assert figure.get_tightbbox().x1 <= figure.get_size_inches()[0], "nothing is cut off"
 
 
 def test_chosen_variants_in_the_order_given_and_one_seed_without_a_spread():
     figure = accuracy_by_epoch(table(a=[0.1], b=[0.2], c=[0.3]), ["c", "a"])
     assert [line.get_label() for line in figure.axes[0].lines] == ["c: 30.0 %", "a: 10.0 %"]
     assert "1 seed" in texts(figure) and "seeds" not in texts(figure)
+
+
+def test_variants_look_different_and_are_called_what_the_text_calls_them():
+    many = {f"karat rank {i}": [0.1] for i in range(8)}
+    lines = accuracy_by_epoch(table(**many)).axes[0].lines
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}) == 8
+    assert lines[3].get_label() == "KArAt rank 3: 10.0 %"
+    assert signals_by_step(table(karat=[0.1]), ["karat"]).axes[0].get_title() == "KArAt"
+    lines = accuracy_by_setting({f"model {i}": {1.0: [0.1], 2.0: [0.2]} for i in range(8)}, "rate").axes[0].lines
+    lines = [line for line in lines if line.get_label().startswith("model")]
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}) == 8
+
+
+def test_a_mean_needs_seeds_of_one_length():
+    results = table(softmax=[0.4, 0.6], karat=[0.8, 0.9])
+    results["runs"][2]["test_accuracy"].pop()
+    with pytest.raises(ValueError, match="the seeds of 'KArAt' have 2 and 3 epochs.*runs of one length"):
+        accuracy_by_epoch(results)
+    results["runs"][3]["test_accuracy"].pop()
+    lengths = [len(line.get_xdata()) for line in accuracy_by_epoch(results).axes[0].lines]
+    assert lengths == [3, 2], "variants may differ"
+    results["runs"][0]["steps"].pop()
+    with pytest.raises(ValueError, match="the seeds of 'softmax' were logged at different steps"):
+        signals_by_step(results, ["softmax"])
 
 
 def test_signals_are_geometric_means_of_the_seeds_a_line_for_each_block():
@@ -75,6 +100,22 @@ def test_accuracy_over_a_setting_has_every_seed_and_the_best_mean():
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.001", "0.002"]
     with pytest.raises(ValueError, match="no place for rate = 0: values must be positive"):
         accuracy_by_setting({"a": {0.0: [0.1]}}, "rate")
+
+
+BAD_SETTINGS = {
+    "NaN": ({0.1: [0.5, float("nan")]}, "accuracies of 'a' at rate = 0.1 holds 1 values that are not finite"),
+    "nothing": ({0.1: []}, "accuracies of 'a' at rate = 0.1: expected a non-empty array"),
+    "percents": ({0.1: [50.0]}, r"accuracies of 'a' at rate = 0.1 must lie in \[0, 1\], got 50 .. 50.*by 100"),
+    "a file's keys": ({"0.1": [0.5]}, r"rate of 'a' must be a number, got '0.1'.*float\(key\)"),
+    "NaN for a setting": ({float("nan"): [0.5]}, "rate of 'a' must be a number, got nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_accuracies_over_a_setting_that_cannot_be_drawn_are_named(case):
+    by_value, words = BAD_SETTINGS[case]
+    with pytest.raises(ValueError, match=words):
+        accuracy_by_setting({"a": by_value}, "rate")
 
 
 def test_what_cannot_be_drawn_is_refused():

@@ -48,6 +48,19 @@ def test_the_three_starts_in_a_model():
     assert typical["softmax"] / typical["variance"] == pytest.approx(65**-0.5, rel=0.4)
 
 
+@pytest.mark.parametrize(
+    "images, words",
+    [
+        (torch.zeros(2, 3, 16, 16), r"images of shape \(B, 3, 8, 8\), got \(2, 3, 16, 16\)"),
+        (torch.full((2, 3, 8, 8), float("nan")), "NaN or infinity in 2 of 2 images"),
+        (torch.zeros(0, 3, 8, 8), "at least one image"),
+    ],
+)
+def test_images_that_do_not_fit_are_named(images, words):
+    with pytest.raises(ValueError, match=words):
+        signal_sizes(kl.create_model("vit_pico", "karat", img_size=8, patch_size=2, depth=1, rank=4), images)
+
+
 def test_the_command_line_measures_signals_through_a_training(tmp_path):
     from karat_lite.train import main
 

@@ -145,6 +145,36 @@ def test_lines_over_training():
     assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in many}) == 14, "no two lines look alike"
 
 
+def legend_of(figure) -> list[str]:
+    """Names in the one legend that a figure has, on the figure or on one of its axes."""
+    (found,) = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    return [text.get_text() for text in found.get_texts()]
+
+
+def test_a_legend_names_what_any_panel_draws():
+    s, constant = spectrum(6, 17), np.stack([np.ones(3000), *values(1)[:2]])
+    figure = plots.singular_values({"layer 0": {"softmax": s, "karat": s}, "layer 1": {"softmax": s}})
+    assert legend_of(figure) == ["softmax", "karat"]
+    figure = plots.ranks_by_layer({"layer 0": {"softmax": {"after": [1.0]}}, "layer 1": {"karat": {"before": [2.0]}}})
+    assert legend_of(figure) == ["softmax, after", "karat, before"]
+    figure = plots.tails({"norms": constant, "queries": values(2)[:3]})
+    assert legend_of(figure) == ["normal", "first", "middle", "last"], "in their order, though norms lack the first"
+    figure = plots.over_training(STEPS, {"a": {"W": range(5)}, "b": {"b1": range(5), "W": range(5)}})
+    assert legend_of(figure) == ["W", "b1"]
+
+
+def test_no_two_lines_look_alike():
+    def looks(lines):
+        return len({(line.get_color(), str(line._unscaled_dash_pattern), line.get_marker()) for line in lines})
+
+    many = plots.singular_values({"x": {f"model {i}": spectrum(6, 17) for i in range(8)}}).axes[0].lines
+    assert looks(many) == len(many) == 8
+    many = plots.ranks_by_layer({"x": {f"model {i}": {"before": [1.0], "after": [2.0]} for i in range(8)}}).axes[0]
+    assert looks([container[0] for container in many.containers]) == 16
+    many = plots.tails({"x": np.random.default_rng(0).normal(size=(8, 99))}, [f"step {i}" for i in range(8)]).axes[0]
+    assert looks(many.lines) == 9, "and the normal density"
+
+
 def test_the_dashboard_shows_the_snapshot_that_is_asked_for():
     figure = dashboard(snapshot=3)
     scaled, ranks, density, kurtosis = figure.axes

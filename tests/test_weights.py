@@ -23,6 +23,8 @@ MODELS = {
     "universal": (dict(mode="universal", rank=4), [*FOURIER, "W"]),
     "twelve harmonics": (dict(rank=4, grid=12), [*(f"{c}{m}" for c in "ab" for m in range(1, 13)), "W"]),
     "wavelet": (dict(basis="dog", rank=4), ["c1", "c2", "c3", "W"]),
+    "static": (dict(attention="static"), ["mixing"]),
+    "pooled": (dict(attention="pooled"), ["mixing"]),
     "one layer, one head": (dict(depth=1, num_heads=1, dim=16, rank=4), [*FOURIER, "W"]),
 }
 
@@ -56,7 +58,17 @@ def test_every_number_is_of_exactly_one_kind(name):
     assert np.array_equal(np.concatenate(parts, axis=1), weight_values(path, "mlp"))
 
 
+def test_what_blocks_share_belongs_to_the_first_that_has_it():
+    shared = dict(attention="hybrid", mode="universal", rank=4, depth=3)
+    for softmax, first in (([0], 1), ([1], 0), ([0, 1], 2)):
+        kinds = weight_kinds(path_of({**shared, "softmax_layers": softmax})[1])
+        assert kinds["W"] == kinds["a1"] == [first] and kinds["queries"] == [0, 1, 2]
+
+
 def test_kinds_hold_what_they_say():
+    model, path = path_of(dict(attention="static"))
+    mix = model.blocks[1].attn.activation.mix.detach().half().flatten().double()
+    assert np.array_equal(weight_values(path, "mixing", 1)[0], mix)
     model, path = path_of(dict(rank=4))
     first = model.blocks[1].attn
     third = lambda i: first.qkv.weight.detach().half()[64 * i : 64 * (i + 1)].flatten()  # noqa: E731

@@ -18,8 +18,12 @@ def signal_sizes(model: VisionTransformer, images: Tensor) -> dict[str, list[flo
         apart       share of the stream's power that tells tokens of one image apart (the rest is the tokens' mean);
                     1 + L numbers
 
-    images (B, 3, H, W) on the model's device.
+    images (B, 3, H, W), B >= 1, on the model's device. Raises `ValueError` where they do not fit the model or are not
+    finite.
     """
+    model.check_images(images)
+    if len(images) == 0:
+        raise ValueError("signal_sizes needs at least one image, got none.")
     tokens = model.embed(images)
     found: dict[str, list[float]] = {"scores": [], "attention": [], "stream": [], "apart": []}
 

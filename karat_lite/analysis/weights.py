@@ -46,11 +46,13 @@ def weight_kinds(trajectory: Trajectory) -> dict[str, list[int]]:
         attention projection, mlp, head     the other matrices
         a1 .. aG, b1 .. bG                  Fourier coefficients, harmonic by harmonic; of other bases c1 .. cF
         W                                   projectors
+        mixing                              the matrices of a static or pooled mixer
         edge scales                         w_b and w_s
         norms, biases                       factors of the norms; everything that is added, norms' biases included
 
     The second operator of Phi2[Phi1[A]] has kinds of its own, "a1 (Phi2)". What blocks share (universal mode) belongs
-    to layer 0. Every number of the model is in exactly one kind.
+    to the first of them: to layer 0, or in a hybrid to the first layer that is not softmax. Every number of the model
+    is in exactly one kind.
     """
     found: dict[str, set] = {}
     for kind, layer, _ in _pieces(trajectory):
@@ -160,7 +162,7 @@ def _kinds_of(name: str, words: list[str], values: Tensor, fourier: bool):
         names = names if fourier else [f"c{f}" for f in range(1, count + 1)]
         return [(f"{kind}{stage}", values[..., f]) for f, kind in enumerate(names)]
     if "activation" in words:
-        return [("W" if last == "weight" else "edge scales", values)]
+        return [({"weight": "W", "mix": "mixing"}.get(last, "edge scales"), values)]
     if name in ("cls_token", "pos_embed"):
         return [("positions", values)]
     if last == "bias":
@@ -175,7 +177,7 @@ def _kinds_of(name: str, words: list[str], values: Tensor, fourier: bool):
 
 
 _BEFORE = ("embedding", "positions", "queries", "keys", "values", "attention projection", "mlp", "head")
-_AFTER = ("W", "edge scales", "norms", "biases")
+_AFTER = ("W", "mixing", "edge scales", "norms", "biases")
 
 
 def _reading_order(kind: str) -> tuple:
