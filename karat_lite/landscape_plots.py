@@ -168,7 +168,7 @@ def explained_shares(shares: Mapping[str, Sequence], components: int = 8) -> Fig
 
 
 def sharpness(results: Mapping) -> Figure:
-    """Every measure of `landscape_table` as a panel: a mark for every seed of each model, a bar at their mean.
+    """Every measure of `landscape_table` that all runs have as a panel: a mark for every seed, a bar at a model's mean.
 
     Values that differ more than `WIDE` times stand on a logarithmic axis, the bar at their geometric mean.
     """
@@ -177,7 +177,10 @@ def sharpness(results: Mapping) -> Figure:
     if not runs:
         raise ValueError("results hold no runs, there is nothing to draw: make them with analysis.landscape_table.")
     models = list(dict.fromkeys(run["model"] for run in runs))
-    measures = list(results["measures"].items())
+    # Some tables name measures of the path for runs that kept no snapshots.
+    measures = [(key, label) for key, label in results["measures"].items() if all(key in run for run in runs)]
+    if not measures:
+        raise ValueError(f"no measure that results name is there for all runs: {', '.join(results['measures'])}.")
     columns = min(3, len(measures))
     rows = -(-len(measures) // columns)
     figure, panels = sheet(rows, columns, (2.05, 0.32 * len(models) + 0.25), margins=(1.0, 0.15, 0.5, 0.3),

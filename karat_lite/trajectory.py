@@ -74,7 +74,8 @@ class Trajectory:
         """The model at snapshot t (negative: from the end), in eval mode. Raises `ValueError` where there is none."""
         if not -len(self) <= t < len(self):
             raise ValueError(f"snapshot {t} is not there: this trajectory holds snapshots 0 to {len(self) - 1}.")
-        model = create_model(**self.card["config"])
+        with torch.random.fork_rng(devices=[]):  # what it draws is overwritten: looking leaves no trace
+            model = create_model(**self.card["config"])
         for name, parameter in model.named_parameters():
             parameter.copy_(self.weights[name][t])
         return model.eval()

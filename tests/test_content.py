@@ -1,6 +1,7 @@
 """Changed scores: against attention written as loops, the model's own logits, and hand-computed shares of maps."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -110,6 +111,8 @@ def test_one_layer_and_one_head_change_there_alone():
     assert kept == [0, 1, 3]
     assert torch.allclose(after[1].maps[:, 2], torch.full((6, 17, 17), 1 / 17)), "head 2 is softmax: an even mean"
     assert not any(isinstance(module, ChangedScores) for module in model.modules()), "the model itself stays"
+    twice = content.changed(model, "keys shuffled", layers=[1, 1]).blocks[1].attn.activation
+    assert not isinstance(twice.activation, ChangedScores), "named twice, changed once"
 
 
 def test_places_of_ablations():
@@ -160,6 +163,10 @@ def test_shares_of_maps_in_cases_worked_out_by_hand():
         parts = [np.broadcast_to(row, maps.shape), mean - row + 0 * maps, maps - mean]
         power = (maps**2).sum(axis=(0, 2, 3))
         assert np.allclose(found, np.stack([(part**2).sum(axis=(0, 2, 3)) / power for part in parts], -1), atol=1e-6)
+    model = made("static")
+    with torch.no_grad():
+        model.blocks[0].attn.activation.mix[1] = 0
+    assert (content.map_shares(model, images)[0, 1] == 0).all(), "nothing to share out, and no NaN"
 
 
 # ---- the static mixer -----------------------------------------------------------------------------------------------
@@ -229,6 +236,8 @@ def test_through_training_judges_every_snapshot(runs):
         assert course.accuracy["as they are"][i] == pytest.approx(right)
         zero = content.ablate(trajectory.model(t), images, labels, ["zero"])[0]
         assert (course.accuracy["zero"][i], course.loss["zero"][i]) == (zero.accuracy, zero.loss)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'where'"):  # its rows would be places, not changes
+        content.through_training(trajectory, images, labels, where="layers")
 
 
 def test_the_table_over_seeds(runs, tmp_path):
@@ -257,8 +266,10 @@ def test_the_table_over_seeds(runs, tmp_path):
         course = results["training"][name]
         assert course["seed"] == 0 and course["steps"] == [0, 1, 2] and len(course["accuracy"]["zero"]) == 3
         assert course["accuracy"]["as they are"][-1] == pytest.approx(lists[0][0].accuracy, abs=0.03), "half precision"
-    with pytest.raises(FileNotFoundError, match="no shapes_<attention>_seed<k>.*train some with"):
+    with pytest.raises(ValueError, match="no run in .* was trained on shapes: there are digits_karat_seed0"):
         main(["--runs", str(runs), "--results", str(path)])
+    with pytest.raises(ValueError, match="--calibrate must be >= 2, got -5"):
+        main(["--runs", str(runs), "--data", "digits", "--calibrate", "-5", "--results", str(path)])
 
 
 # ---- any model, bad input -------------------------------------------------------------------------------------------
@@ -321,8 +332,8 @@ def test_bad_input_is_named(case):
         call()
 
 
-def test_the_table_of_a_folder_of_pictures(tmp_path):
-    """The runs have the folder's name; its pictures are read from where it lies."""
+def test_the_table_of_a_folder_of_pictures(tmp_path, capsys):
+    """The runs have the folder's name; its pictures are read from where it lies. One seed has no spread."""
     from karat_lite.analysis.content_table import main as tabulate
     from karat_lite.train import main
 
@@ -333,3 +344,8 @@ def test_the_table_of_a_folder_of_pictures(tmp_path):
     results = json.loads((tmp_path / "table.json").read_text())
     assert results["data"] == {"name": "few", "test": 8, "calibration": 4, "img_size": 32}
     assert list(results["table"]) == ["karat", "softmax"] and results["training"] == {}
+    lines = results["table"]["karat"]
+    assert (
+        lines["changes"]["zero"]["loss"]["std"] is lines["layers"]["zero"]["std"] is lines["map shares"]["std"] is None
+    )
+    assert re.search(r"karat    zero +\d+\.\d\d%\n", capsys.readouterr().out), "no +- behind it"

@@ -67,6 +67,17 @@ def test_places_name_the_models_own_heads():
     assert universal[0].operator is universal[1].operator and [place.layer for place in universal] == [0, 1]
 
 
+@pytest.mark.parametrize("bins", [1, 1366, 2049, fn.BINS])
+def test_quantiles_are_as_fine_as_it_says(bins):
+    model = made(depth=1)
+    found = fn.scores_seen(model, images(), bins=bins)
+    with torch.no_grad():
+        scores = model(images(), return_attention=True)[1][0].scores.transpose(0, 1).flatten(1).double().numpy()
+    truth = np.quantile(scores, (0.005, 0.995), axis=1, method="inverted_cdf")
+    assert found.shares.shape == (1, 4, bins) and np.allclose(found.shares.sum(-1), 1)
+    assert np.abs(np.stack([found.low[0], found.high[0]]) - truth).max() <= (scores.max() - scores.min()) / 2048
+
+
 @pytest.mark.parametrize("attention", ["softmax", "karat", "hybrid"])
 def test_scores_seen_against_numpy(attention):
     model = made(attention, **({"softmax_heads": [0]} if attention == "hybrid" else {}))
@@ -275,6 +286,8 @@ BAD = {
     "another size": (lambda: fn.scores_seen(made(), torch.zeros(2, 3, 9, 9)), r"\(B, 3, 8, 8\), got \(2, 3, 9, 9\)"),
     "another range": (lambda: fn.scores_seen(made(), images() * 9), r"\[-1, 1\]"),
     "no images": (lambda: fn.scores_seen(made(), images()[:0]), "at least 1 image, got 0"),
+    "no bins": (lambda: fn.scores_seen(made(), images(), bins=0), "bins must be >= 1, got 0"),
+    "many bins": (lambda: fn.scores_seen(made(), images(), bins=5000), "bins must be at most 4096, got 5000"),
     "one snapshot": (lambda: fn.motion(trajectory(1), X), "at least 2 snapshots, got 1"),
     "snapshot": (lambda: fn.motion(trajectory(), X, keep=[3]), "snapshot 3 is not there.*0 to 2"),
     "axes": (lambda: fn.power_shares(np.zeros((2, 3))), r"functions \(L, h, r, N, n\).*\(2, 3\)"),

@@ -125,6 +125,12 @@ def test_profiles_and_rises():
     assert found.mean == pytest.approx(found.each.mean()) and found.radius == 0.3
 
 
+def test_looking_at_a_snapshot_draws_no_random_number():
+    trajectory, state = path(tiny()), torch.random.get_rng_state()
+    trajectory.model(2)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_a_grid_around_a_path_holds_path_and_origin():
     alphas, betas = grid_around([[4.0, 1.0, 9.0], [2.0, -1.0, 0.0]], points=5, margin=0.25)
     assert len(alphas) == len(betas) == 5

@@ -139,6 +139,15 @@ def test_shares_and_seeds():
     assert drawn[0].get_xscale() == "linear"
 
 
+def test_measures_that_not_all_runs_have_are_left_out():
+    """The committed file names two measures of the path; its runs kept no snapshots."""
+    results = json.loads((kl.checkpoints.CHECKPOINTS.parent / "results" / "cifar10_landscape.json").read_text())
+    assert "explained_two" in results["measures"] and "explained_two" not in results["runs"][0]
+    figure = landscape_plots.sharpness(results)
+    titles = [title for axes in figure.axes if (title := axes.get_title(loc="left"))]
+    assert titles == list(results["measures"].values())[:4]
+
+
 NEGATIVE = Landscape([0, 1], [0, 1], [[1, -1], [1, 1]])
 BAD = {
     "no dict": (lambda: landscape_plots.surface(grid()), TypeError, "dict with a name"),
@@ -152,6 +161,7 @@ BAD = {
     "shares": (lambda: landscape_plots.explained_shares({"a": [80, 20]}), ValueError, "sum to at most 1"),
     "bounds": (lambda: landscape_plots.contours(GRIDS, bounds=(2, 1)), ValueError, "the lower one first"),
     "no runs": (lambda: landscape_plots.sharpness({"runs": []}), ValueError, "no runs"),
+    "no measure": (lambda: landscape_plots.sharpness({**RESULTS, "measures": {"x": "x"}}), ValueError, "all runs: x"),
 }  # fmt: skip
 
 
@@ -230,7 +240,7 @@ def test_the_table_of_runs(tmp_path, capsys):
     assert json.loads(table.read_text())["runs"] == found["runs"]
     with pytest.raises(ValueError, match="measured with images = 20, now 30"):
         landscape_table.main([*command, "--images", "30"])
-    with pytest.raises(ValueError, match="no runs in .*--snapshots 20"):
+    with pytest.raises(FileNotFoundError, match="no run in .*--snapshots 20"):
         landscape_table.main(["--runs", str(tmp_path), "--results", str(table)])
 
 
@@ -246,5 +256,7 @@ def test_a_run_without_snapshots_on_a_folder_of_pictures(tmp_path):
     landscape_table.main([*command.split(), "--directions", "1", "--device", "cpu", "--no-progress"])
     (run,) = (found := json.loads(table.read_text()))["runs"]
     assert run["data"] == {"name": "few", "split": "train", "images": 8, "img_size": 32} and run["largest"] > 0
+    assert list(found["measures"]) == ["largest", "largest_plain", "largest_relative", "rise"]
+    pixels(landscape_plots.sharpness(found))
     assert "explained_two" not in run and set(found["summary"]["softmax"]) == {
         "seeds", "test_accuracy", "loss", "largest", "largest_plain", "largest_relative", "rise"}  # fmt: skip

@@ -17,7 +17,7 @@ content_table.py makes the table over seeds.
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -161,6 +161,7 @@ def ablate(
         changes: of `CHANGES`. "as they are" changes nothing and is judged once, whatever `where` says.
         where: "all" | "layers" | "heads".
         calibration: images whose mean scores "mean over images" takes; those that are judged if None.
+        batch_size: images at a time, at most (one more where an image would be left alone); "another image's" takes 2.
         progress: show a bar.
 
     Raises `ValueError` for images or labels that do not fit, unknown names, or a model whose outputs are not finite.
@@ -168,6 +169,12 @@ def ablate(
     from tqdm import tqdm
 
     checked(model, images, labels, least=2)
+    least = 2 if "another image's" in changes else 1  # the other image is one of the same batch
+    if at_least("batch_size", batch_size, 1) < least:
+        raise ValueError(
+            f'"another image\'s" scores come from the same batch, got batch_size = {batch_size}: take at least 2, or '
+            "leave this change out."
+        )
     one_of("place", where, PLACES)
     cases = []
     for change in changes:
@@ -185,20 +192,20 @@ def ablate(
     for change, layer, head in tqdm(cases, file=sys.stdout, disable=not progress, ncols=80, leave=False):
         place = dict(layers=None if layer is None else [layer], heads=None if head is None else [head])
         other = changed(model, change, means=means, seed=seed, **place)
-        found.append(Judged(change, layer, head, *_judge(other, images, labels, batch_size)))
+        found.append(Judged(change, layer, head, *_judge(other, labels, parts(images, batch_size, least))))
     return found
 
 
 @torch.no_grad()
-def _judge(model: VisionTransformer, images: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float]:
+def _judge(model: VisionTransformer, labels: Tensor, batches: Iterable[Tensor]) -> tuple[float, float]:
     """(accuracy, mean cross-entropy)."""
     logits = []
-    for batch in parts(images, batch_size):
+    for batch in batches:
         batch = batch.to(device_of(model))
-        logits.append(must_be_finite(model, batch, model(batch).float()).cpu())
-    logits, labels = torch.cat(logits), labels.cpu()
+        logits.append(must_be_finite(model, batch, model(batch)).cpu().double())
+    logits, labels = torch.cat(logits), labels.cpu().long()
     right = (logits.argmax(dim=-1) == labels).double().mean().item()
-    return right, F.cross_entropy(logits.double(), labels).item()
+    return right, F.cross_entropy(logits, labels).item()
 
 
 class Course(NamedTuple):
@@ -215,15 +222,19 @@ def through_training(
     labels: Tensor,
     changes: Sequence[str] = tuple(CHANGES),
     at: Sequence[int] | None = None,
-    **options,
+    *,
+    calibration: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int = BATCH,
 ) -> Course:
-    """`ablate` in all layers at the snapshots `at` (indices, rising; all if None); options as there.
+    """`ablate` in all layers at once at the snapshots `at` (indices, rising; all if None); the rest as there.
 
     Raises `ValueError` for a trajectory of a single snapshot.
     """
     if len(trajectory) < 2:
         raise ValueError("a course needs a trajectory of at least 2 snapshots, got 1: train with snapshots=20.")
     at = list(range(len(trajectory)) if at is None else at)
+    options = dict(calibration=calibration, seed=seed, batch_size=batch_size)
     rows = [ablate(trajectory.model(t), images, labels, changes, **options) for t in at]
     accuracy = {change: np.array([row[i].accuracy for row in rows]) for i, change in enumerate(changes)}
     loss = {change: np.array([row[i].loss for row in rows]) for i, change in enumerate(changes)}
@@ -237,6 +248,8 @@ def map_shares(model: VisionTransformer, images: Tensor, batch_size: int = BATCH
     one row     m_n = mean over b and k      all queries of all images alike (all that softmax has where S = 0)
     position    mean over b of A_kn, less m  rows of their own for the queries, the same for all images
     content     the rest                     what differs from image to image
+
+    Of a head whose maps are all 0 there is nothing to share out: 0, 0, 0.
     """
     checked(model, images, least=2)
     total, squares = [0.0] * len(model.blocks), [0.0] * len(model.blocks)
@@ -245,21 +258,22 @@ def map_shares(model: VisionTransformer, images: Tensor, batch_size: int = BATCH
         logits, records = model(batch, return_attention=True)
         must_be_finite(model, batch, logits)
         for i, record in enumerate(records):
-            maps = record.maps.double()
+            maps = record.maps.cpu().double()  # Apple's devices know no float64
             total[i], squares[i] = total[i] + maps.sum(dim=0), squares[i] + maps.square().sum(dim=(0, 2, 3))
     shares = []
     for sums, power in zip(total, squares, strict=True):
         mean, power = sums / len(images), power / len(images)  # (h, N, N), (h,)
         row = mean.mean(dim=1).square().sum(dim=-1) * mean.shape[1]
         fixed = mean.square().sum(dim=(1, 2))
-        shares.append(torch.stack([row, fixed - row, power - fixed], dim=-1) / power.unsqueeze(-1))
-    return torch.stack(shares).cpu().numpy()
+        whole = torch.where(power > 0, power, torch.ones_like(power))
+        shares.append(torch.stack([row, fixed - row, power - fixed], dim=-1) / whole.unsqueeze(-1))
+    return torch.stack(shares).numpy()
 
 
 def _indices(what: str, chosen: Sequence[int] | None, count: int) -> list[int]:
-    """Checked indices; all of them for None."""
+    """Checked indices, each once; all of them for None."""
     chosen = list(range(count) if chosen is None else chosen)
     for index in chosen:
         if at_least(f"{what} index", index, 0) >= count:
             raise ValueError(f"{what} {index} is not there: this model has {what}s 0 .. {count - 1}.")
-    return chosen
+    return list(dict.fromkeys(chosen))

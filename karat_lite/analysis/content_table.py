@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoints import load_checkpoint, write_whole
-from ..checks import run_command
+from ..checkpoints import write_whole
+from ..checks import at_least, run_command
 from ..data import load_dataset
 from ..trajectory import FILE, load_trajectory
 from .content import CHANGES, ablate, map_shares, through_training
 from .cost import machine
+from .runs import find_runs
 
 COURSE = 500  # test images on which every snapshot of a training is judged
 
@@ -28,33 +29,27 @@ def tabulate(runs: Path, data: str, limit: int | None = None, calibrate: int = 5
     """What `main` writes, from the folders <data>_<name>_seed<k> that `karat_lite.train --out runs` made.
 
     data: a dataset's name, or the path of an image folder, whose name the runs have. limit: test images (None: all);
-    calibrate: training images for "mean over images". The course of a training comes from the first seed whose folder
-    holds a trajectory. Raises `FileNotFoundError` where there is no such folder.
+    calibrate: training images for "mean over images", at least 2. The course of a training comes from the first seed
+    whose folder holds a trajectory. Raises as `find_runs` does, and `ValueError` for too few images.
     """
     source, data = data, Path(data).name
-    folders = sorted(path.parent for path in Path(runs).glob(f"{data}_*_seed*/model.safetensors"))
-    if not folders:
-        raise FileNotFoundError(
-            f"no {data}_<attention>_seed<k>/model.safetensors in {runs}: train some with python -m karat_lite.train "
-            f"--data {source} --attention softmax karat static pooled --seeds 0 1 2 --snapshots 20 --out {runs}."
-        )
+    at_least("--calibrate", calibrate, 2)
     found: dict[str, list] = {}
     courses, sets = {}, {}
-    for folder in folders:
-        say(folder.name)
-        name = folder.name[len(data) + 1 :].rpartition("_seed")[0]
-        model, card = load_checkpoint(folder / "model.safetensors")
+    for run in find_runs(runs, data):
+        say(run.folder.name)
+        model, name = run.model(), run.variant
         size = model.img_size
         if size not in sets:
             test = load_dataset(source, "test", img_size=size, limit=limit)[:]
             sets[size] = *test, load_dataset(source, "train", img_size=size)[:calibrate][0]
         images, labels, calibration = sets[size]
-        found.setdefault(name, []).append(_judge(model, images, labels, calibration) | {"seed": card["seed"]})
-        if name not in courses and (folder / FILE).is_file():
+        found.setdefault(name, []).append(_judge(model, images, labels, calibration) | {"seed": run.seed})
+        if name not in courses and (run.folder / FILE).is_file():
             course = through_training(
-                load_trajectory(folder / FILE), images[:COURSE], labels[:COURSE], calibration=calibration
+                load_trajectory(run.folder / FILE), images[:COURSE], labels[:COURSE], calibration=calibration
             )
-            courses[name] = {"seed": card["seed"], "images": len(images[:COURSE]), "steps": course.steps.tolist()}
+            courses[name] = {"seed": run.seed, "images": len(images[:COURSE]), "steps": course.steps.tolist()}
             courses[name] |= {"accuracy": {change: _plain(values) for change, values in course.accuracy.items()}}
     size, (images, _, calibration) = next(iter(sets.items()))
     about = {"name": data, "test": len(images), "calibration": len(calibration), "img_size": size}
@@ -76,12 +71,12 @@ def _judge(model, images, labels, calibration) -> dict:
 
 
 def _over_seeds(each: list[dict]) -> dict:
-    """Mean and spread (standard deviation over seeds, n - 1) of everything that `_judge` found."""
+    """Mean and spread (standard deviation over seeds, n - 1; None of one seed) of everything that `_judge` found."""
 
     def spread(values: list) -> dict:
         values = np.array(values, dtype=float)
-        std = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros_like(values[0])
-        return {"mean": _plain(values.mean(axis=0)), "std": _plain(std)}
+        std = _plain(values.std(axis=0, ddof=1)) if len(values) > 1 else None
+        return {"mean": _plain(values.mean(axis=0)), "std": std}
 
     changes = {
         change: {
@@ -118,7 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     write_whole(args.results, lambda temporary: temporary.write_text(json.dumps(results, indent=1) + "\n"))
     for name, lines in results["table"].items():
         for change, line in lines["changes"].items():
-            print(f"{name:8s} {change:18s} {line['accuracy']['mean']:7.2%} +- {line['accuracy']['std']:.2%}")
+            spread = "" if line["accuracy"]["std"] is None else f" +- {line['accuracy']['std']:.2%}"
+            print(f"{name:8s} {change:18s} {line['accuracy']['mean']:7.2%}{spread}")
     print(f"written: {args.results}")
 
 

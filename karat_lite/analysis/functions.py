@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..attention import HybridActivation
 from ..bases import LinearBasis
+from ..checks import at_least
 from ..operators import KArAtOperator
 from ..trajectory import Trajectory
 from ..vit import VisionTransformer
@@ -108,9 +109,12 @@ def scores_seen(model: VisionTransformer, images: Tensor, bins: int = 120, batch
     """The scores S_kq of all pairs of tokens of these images (n, 3, H, W), in any model: what activations are asked.
 
     Units of order "phi_w" see scores that W has mixed, so for their heads it is those. The histograms reach from the
-    smallest to the largest of all; quantiles are right to 1/4000 of that, or to the next score where there are few.
-    Raises `ValueError` for images that do not fit, or a model whose scores are not finite.
+    smallest to the largest of all, in 1 to 4096 bins; quantiles are right to 1/2048 of that (1/4080 with 120 bins), or
+    to the next score where there are few. Raises `ValueError` for images that do not fit, another number of bins, or a
+    model whose scores are not finite.
     """
+    if at_least("bins", bins, 1) > BINS:
+        raise ValueError(f"bins must be at most {BINS}, got {bins}.")
     checked(model, images)
     shape = len(model.blocks), model.blocks[0].attn.num_heads
 
@@ -121,7 +125,7 @@ def scores_seen(model: VisionTransformer, images: Tensor, bins: int = 120, batch
             must_be_finite(model, batch, logits)
             for layer, record in enumerate(records):
                 for head in range(shape[1]):
-                    yield (layer, head), _asked(model, layer, head, record.scores).double().flatten()
+                    yield (layer, head), _asked(model, layer, head, record.scores).cpu().double().flatten()
 
     low, high = np.inf, -np.inf
     total, squares, count = np.zeros(shape), np.zeros(shape), np.zeros(shape)
@@ -133,7 +137,7 @@ def scores_seen(model: VisionTransformer, images: Tensor, bins: int = 120, batch
     high = high if high > low else low + 1.0  # all scores alike
     fine = np.zeros((*shape, BINS // bins * bins))
     for at, scores in each():
-        fine[at] += torch.histc(scores, fine.shape[-1], low, high).cpu().numpy() / count[at]
+        fine[at] += torch.histc(scores, fine.shape[-1], low, high).numpy() / count[at]
     edges = np.linspace(low, high, fine.shape[-1] + 1)
     reached = np.concatenate([np.zeros((*shape, 1)), fine.cumsum(axis=-1)], axis=-1)
     ends = np.array([[np.interp((0.005, 0.995), at, edges) for at in layer] for layer in reached])
@@ -237,7 +241,9 @@ def power_shares(functions, weights=None) -> dict[str, float]:
         layers      what a layer's mean adds to that, heads: a head's to its layer's, units: a unit's to its head's
         keys        what is left: the functions of one unit differ from key to key
 
-    Nested means are orthogonal, so that powers (means of squares over functions and scores) add up.
+    Nested means are orthogonal, so that powers (means of squares over functions and scores) add up. The k-th number of
+    every function is set against the k-th of all others: functions on one x for all are compared at equal scores; those
+    of `learned`, each head on its own range, at equal places within their ranges, from the lowest score to the highest.
     """
     mean = np.asarray(functions, dtype=float)
     if mean.ndim != 5:

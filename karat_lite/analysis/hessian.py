@@ -23,6 +23,7 @@ from .directions import Directions, check_finite, filter_norms, weights_of
 from .landscape import check_batch
 
 BACKEND = "contraction"  # what can be differentiated twice; "recompute" and the fused kernels cannot
+SPARE = 3  # products beyond the eigenvalues that are asked for, before any of them is believed
 
 
 class Spectrum(NamedTuple):
@@ -33,7 +34,8 @@ class Spectrum(NamedTuple):
     vectors: Tensor  # (count, P) the unit vectors
     lowest: float  # the smallest Ritz value: the lowest eigenvalue is not above it
     iterations: int  # products H v that were made
-    converged: bool  # all residuals <= tolerance |lambda_1|
+    converged: bool  # see `top_eigenvalues`
+    relative: bool = False  # of D H D, see `hessian_product`: then D u, not u, is a direction of the weights
 
 
 def hessian_product(
@@ -54,7 +56,7 @@ def hessian_product(
     finite, and for images or labels that do not fit.
     """
     check_finite(weights_of(model))
-    check_batch(model, images, labels)
+    images, labels = check_batch(model, images, labels)
     model = copy.deepcopy(model).requires_grad_(True)
     for module in model.modules():
         if isinstance(module, KArAtOperator):
@@ -96,9 +98,16 @@ def top_eigenvalues(
         beta_m q_(m+1) = H q_m - alpha_m q_m - beta_(m-1) q_(m-1),      Q^T H Q = tridiagonal(alpha, beta)
 
     Each new vector is made orthogonal to all before it, twice (without that, rounding brings found eigenvalues back).
-    The residual of a pair is beta_m |s_m|, s its eigenvector in the tridiagonal matrix. It stops when all residuals are
-    <= tolerance |lambda_1|, or after `iterations` products (then `converged` is False), or when nothing is left of the
-    space. like: a tensor whose type and device the vectors take. Raises `ValueError` for products that are not finite.
+    The residual of a pair is beta_m |s_m|, s its eigenvector in the tridiagonal matrix. It stops when it has
+    converged, or after `iterations` products.
+
+    converged: nothing is left of the space; or, after at least count + `SPARE` products, all residuals are <= tolerance
+        |lambda_1|, and the last product has moved no value by more than that. A small residual says that an eigenvalue
+        is near, not that it is the largest: where the start has little of the sharpest direction in it, it is not seen
+        in the first products.
+    like: a tensor whose type and device the vectors take.
+
+    Raises `ValueError` for products that are not finite.
     """
     count, iterations = at_least("count", count, 1), at_least("iterations", iterations, 1)
     if count > size or not 0 < tolerance < 1:
@@ -106,7 +115,7 @@ def top_eigenvalues(
                          f"{size}, and a tolerance between 0 and 1.")  # fmt: skip
     like = torch.empty(0) if like is None else like
     q = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(like)
-    found, alphas, betas = [q / q.norm()], [], []
+    found, alphas, betas, values = [q / q.norm()], [], [], np.empty(0)
     from tqdm.auto import tqdm
 
     with tqdm(total=min(iterations, size), desc="Hessian", unit="product", disable=not progress, leave=False) as bar:
@@ -119,6 +128,7 @@ def top_eigenvalues(
             for _ in range(2):
                 new = new - basis.T @ (basis @ new)
             betas.append(float(new.norm()))
+            before = values[:count]
             values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1))
             values, vectors = values[::-1], vectors[:, ::-1]
             residuals = betas[-1] * np.abs(vectors[-1, :count])
@@ -126,7 +136,9 @@ def top_eigenvalues(
             bar.set_postfix_str(f"largest {values[0]:.4g}")
             largest = max(np.abs(values).max(), np.finfo(float).tiny)
             exhausted = len(alphas) == size or betas[-1] <= 1e-7 * largest  # an invariant subspace
-            enough = len(alphas) >= count and bool((residuals <= tolerance * abs(values[0])).all())
+            enough = len(alphas) >= count + SPARE and bool(
+                (np.maximum(residuals, np.abs(values[:count] - before)) <= tolerance * abs(values[0])).all()
+            )
             if enough or exhausted or len(alphas) >= iterations:
                 break
             found.append(new / betas[-1])
@@ -152,12 +164,15 @@ def hessian_spectrum(
 ) -> Spectrum:
     """The largest eigenvalues of the loss's Hessian: `hessian_product`, then `top_eigenvalues`; see both."""
     product, size = hessian_product(model, images, labels, relative=relative, smoothing=smoothing, chunk=chunk)
-    like = torch.empty(0, dtype=images.dtype, device=images.device)
-    return top_eigenvalues(product, size, count, like=like, **options)
+    like = next(model.parameters()).detach().new_empty(0)
+    return top_eigenvalues(product, size, count, like=like, **options)._replace(relative=relative)
 
 
 def sharpest_directions(model: nn.Module, spectrum: Spectrum) -> Directions:
-    """The eigenvectors of a model's Hessian as `Directions` of length 1: where the loss curves most."""
+    """The eigenvectors of a model's Hessian as `Directions`: where the loss curves most, by the eigenvalue along each.
+
+    u of length 1, or for a relative spectrum D u: a step of 1 counted in shares of the weights.
+    """
     origin = weights_of(model)
     if spectrum.vectors.shape[1] != sum(x.numel() for x in origin.values()):
         raise ValueError(
@@ -166,6 +181,8 @@ def sharpest_directions(model: nn.Module, spectrum: Spectrum) -> Directions:
         )
     pieces = spectrum.vectors.split([x.numel() for x in origin.values()], dim=1)
     along = {name: piece.view(-1, *x.shape) for (name, x), piece in zip(origin.items(), pieces, strict=True)}
+    if spectrum.relative:
+        along = {name: norm * along[name] for name, norm in filter_norms(origin).items()}
     return Directions("sharpest", origin, along)
 
 

@@ -13,7 +13,7 @@ from ..vit import VisionTransformer
 def checked(model: VisionTransformer, images: Tensor, labels: Tensor | None = None, least: int = 1) -> None:
     """Raise `ValueError` unless images (n, 3, H, W) fit the model in size and range, n >= least, and labels fit them.
 
-    Labels: (n,) whole numbers, one class of the model each.
+    Labels: (n,) whole numbers of any type, one class of the model each; losses want `labels.long()`.
     """
     model.check_images(images)
     if len(images) < least:
@@ -26,15 +26,25 @@ def checked(model: VisionTransformer, images: Tensor, labels: Tensor | None = No
         )
     if labels is not None:
         classes = model.head.out_features
-        if tuple(labels.shape) != (len(images),) or labels.is_floating_point():
+        if tuple(labels.shape) != (len(images),) or not whole_numbers(labels):
             raise ValueError(f"labels must be {len(images)} whole numbers, one for each image, got {labels}.")
+        labels = labels.long()
         if labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"labels lie in 0 .. {classes - 1}, got {labels.min()} .. {labels.max()}.")
 
 
-def parts(images: Tensor, most: int) -> Iterator[Tensor]:
-    """Images in batches of nearly equal size, at most `most` each: none is left alone at the end."""
-    return iter(images.tensor_split(-(-len(images) // at_least("batch_size", most, 1))))
+def whole_numbers(values: Tensor) -> bool:
+    """Whether a tensor's type is one of whole numbers; True and False are none."""
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+
+
+def parts(images: Tensor, most: int, least: int = 1) -> Iterator[Tensor]:
+    """Images in batches of nearly equal size, at most `most` and at least `least` each (or all, where they are fewer).
+
+    Where both cannot be had (5 images by twos), batches are larger than `most`: none is left without a partner.
+    """
+    count = -(-len(images) // at_least("batch_size", most, least))
+    return iter(images.tensor_split(max(1, min(count, len(images) // least))))
 
 
 def must_be_finite(model: VisionTransformer, images: Tensor, output: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.func import functional_call
 from ..checkpoints import first_line, write_whole
 from ..trajectory import Trajectory
 from .directions import Directions, check_finite, check_fits, random_directions
+from .inputs import whole_numbers
 
 SAVE_EVERY = 2.0  # seconds between writes of an unfinished grid
 LARGEST = 10.0  # no normalised image holds a larger number
@@ -39,14 +40,14 @@ def batch_loss(
 ) -> float:
     """Mean cross-entropy in nats of `model` on these images, with its own or other weights, `chunk` images at a time.
 
-    images (n, 3, H, W) in [-1, 1] and labels (n,) as `data[:n]` gives them; smoothing: of the labels. The model stays
-    as it is. Raises `ValueError` for images or labels that do not fit the model.
+    images (n, 3, H, W) in [-1, 1] and labels (n,) as `data[:n]` gives them, on any device: they go to the model's.
+    smoothing: of the labels. The model stays as it is. Raises `ValueError` for images or labels that do not fit it.
     """
     own = dict(model.named_parameters())
     weights = own if weights is None else weights
     check_fits("weights", weights, own)
     check_finite(weights)
-    check_batch(model, images, labels)
+    images, labels = check_batch(model, images, labels)
     weights = {name: x.to(own[name]) for name, x in weights.items()}
     return _loss(model, weights, images, labels, smoothing, chunk)
 
@@ -54,10 +55,11 @@ def batch_loss(
 @torch.no_grad()
 def _loss(model, weights, images, labels, smoothing, chunk) -> float:
     total = 0.0
-    for some, answers in zip(images.split(chunk), labels.split(chunk), strict=True):
+    for some, answers in zip(images.split(chunk), labels.cpu().split(chunk), strict=True):
         # tie_weights=True would leave moved weights in a module that blocks share (pytorch/pytorch#164759). A shared
         # module has one place for each tensor, so there is nothing to tie.
-        logits = functional_call(model, weights, (some,), tie_weights=False).double()
+        # Sums are taken in float64 on the CPU: Apple's devices know no float64.
+        logits = functional_call(model, weights, (some,), tie_weights=False).cpu().double()
         total += F.cross_entropy(logits, answers, reduction="sum", label_smoothing=smoothing).item()
     return total / len(images)
 
@@ -93,7 +95,7 @@ def loss_grid(
     if len(directions) < 2:
         raise ValueError(f"a grid needs two directions, got {len(directions)}: loss_profile draws lines.")
     alphas, betas = _axis("alphas", alphas), _axis("betas", betas)
-    check_batch(model, images, labels)
+    images, labels = check_batch(model, images, labels)
     directions = _ready(model, directions)
     card = _card(model, directions, images, labels, alphas, betas, smoothing)
     loss = torch.full((len(betas), len(alphas)), torch.nan, dtype=torch.float64)
@@ -126,7 +128,7 @@ def loss_profile(
 ) -> np.ndarray:
     """The loss along each direction alone, theta + alpha d_i: (n, A). Arguments as in `loss_grid`."""
     alphas = _axis("alphas", alphas)
-    check_batch(model, images, labels)
+    images, labels = check_batch(model, images, labels)
     directions = _ready(model, directions)
     measure = lambda at: _loss(model, directions.weights(*at), images, labels, smoothing, chunk)  # noqa: E731
     return np.array([[measure(alpha * unit) for alpha in alphas] for unit in np.eye(len(directions))])
@@ -151,13 +153,13 @@ def path_losses(
     chunk: int = 64,
 ) -> PathLosses:
     """Coordinates of all snapshots, the loss of each projected one and of each as it was."""
-    check_batch(model, images, labels)
+    images, labels = check_batch(model, images, labels)
     coordinates, directions = directions.coordinates(trajectory), _ready(model, directions)
-    device = images.device
+    like = dict(model.named_parameters())
     measure = lambda weights: _loss(model, weights, images, labels, smoothing, chunk)  # noqa: E731
     projected = [measure(directions.weights(*at)) for at in coordinates]
-    snapshots = [{k: x[t].to(device) for k, x in trajectory.weights.items()} for t in range(len(trajectory))]
-    return PathLosses(coordinates, np.array(projected), np.array([measure(weights) for weights in snapshots]))
+    own = [measure({k: x[t].to(like[k]) for k, x in trajectory.weights.items()}) for t in range(len(trajectory))]
+    return PathLosses(coordinates, np.array(projected), np.array(own))
 
 
 class Rise(NamedTuple):
@@ -203,8 +205,11 @@ def grid_around(coordinates, points: int = 15, margin: float = 0.3) -> tuple[np.
 # ---- what is checked -------------------------------------------------------------------------------------------------
 
 
-def check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Raise `ValueError` for images or labels that the model was not made for, or not brought into its range."""
+def check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and labels (int64) on the model's device.
+
+    Raises `ValueError` for those that the model was not made for, or that are not brought into its range.
+    """
     if len(images) == 0 or labels.shape != images.shape[:1]:
         raise ValueError(
             f"expected at least one image and a label for each, got images {tuple(images.shape)} and labels "
@@ -215,13 +220,17 @@ def check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
             f"images reach {images.abs().max():.3g}, models take about [-1, 1]: karat_lite.data.normalise(images) "
             "brings bytes there."
         )
+    device = next(model.parameters()).device
+    images, given, labels = images.to(device), labels.dtype, labels.to(device)
+    whole, labels = whole_numbers(labels), labels.long()
     with torch.no_grad():
         classes = model(images[:1]).shape[-1]  # raises for another size
-    if labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes:
+    if not whole or labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
-            f"labels must be whole numbers from 0 to {classes - 1}, the classes of this model: got {labels.dtype} from "
+            f"labels must be whole numbers from 0 to {classes - 1}, the classes of this model: got {given} from "
             f"{labels.min().item()} to {labels.max().item()}."
         )
+    return images, labels
 
 
 def _axis(what: str, values) -> np.ndarray:

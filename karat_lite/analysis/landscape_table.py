@@ -3,9 +3,9 @@
 python -m karat_lite.analysis.landscape_table --runs runs --results data/results/shapes_landscape.json
 
 --runs holds what `karat_lite.train --out` wrote: a folder a run, with model.safetensors and, from --snapshots,
-trajectory.safetensors; without it there is nothing to say about the path. Losses are taken on training images, with the
-label smoothing of the run's recipe (what was minimised); "plain" means without it. After every run the table is
-written; a call that is repeated goes on.
+trajectory.safetensors; without it there is nothing to say about the path. A table is of one dataset. Losses are taken
+on training images, with the label smoothing of the run's recipe (what was minimised); "plain" means without it. After
+every run the table is written; a call that is repeated goes on.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoints import load_checkpoint, write_whole
+from ..checkpoints import write_whole
 from ..checks import run_command
 from ..data import load_dataset
 from ..evaluation import evaluate
@@ -26,7 +26,9 @@ from .cost import machine
 from .directions import path_lengths, principal_directions
 from .hessian import hessian_spectrum
 from .landscape import batch_loss, path_losses, rise
+from .runs import Run, find_runs
 
+NAME = "karat_lite.analysis.landscape_table"
 MEASURES = {
     "largest": "largest Hessian eigenvalue",
     "largest_plain": "the same, without smoothing",
@@ -35,54 +37,55 @@ MEASURES = {
     "explained_two": "share of two directions (%)",
     "length": "length of the path",
 }
+CURVATURES = ("", "_plain", "_relative")  # endings of "largest", "eigenvalues", "converged" ...
+SAME_TABLE = ("runs", "results", "device", "progress")  # options in which calls that fill one table may differ
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure every run of a folder; write runs, and mean and spread over seeds."""
     args = _parser().parse_args(argv)
-    folders = sorted(path.parent for path in args.runs.glob("*_seed*/model.safetensors"))
-    folders.sort(key=lambda folder: "_softmax" not in folder.name)  # what is compared with comes first
-    if not folders:
-        raise ValueError(
-            f"no runs in {args.runs}: expected folders NAME_seedK with model.safetensors in them, as `python -m "
-            "karat_lite.train --snapshots 20 --out FOLDER` writes."
-        )
+    runs = find_runs(args.runs, args.data and Path(args.data).name)
+    runs.sort(key=lambda run: not run.variant.startswith("softmax"))  # what is compared with comes first
     results = {
-        "command": "python -m karat_lite.analysis.landscape_table "
-        + shlex.join(sys.argv[1:] if argv is None else argv),
+        "command": f"python -m {NAME} {shlex.join(sys.argv[1:] if argv is None else argv)}",
         "machine": machine(),
         "settings": {key: getattr(args, key) for key in ("images", "count", "radius", "directions", "tolerance")},
-        "measures": MEASURES,
+        "measures": {},
         "summary": {},
-        "runs": _so_far(args),
+        "runs": _so_far(args, runs[0].data),
     }
     there = {(run["model"], run["seed"]) for run in results["runs"]}
-    for folder in folders:
-        name = folder.name.rpartition("_seed")[0].partition("_")[2]
-        if (name, int(folder.name.rpartition("_seed")[2])) in there:
-            print(f"{folder.name}: already in the results")
+    for run in runs:
+        if (run.variant, run.seed) in there:
+            print(f"{run.folder.name}: already in the results")
             continue
-        run = {"model": name, **measure(folder, args)}
-        print(f"{folder.name}: " + ", ".join(f"{key} {run[key]:.4g}" for key in MEASURES if key in run), flush=True)
-        results["runs"].append(run)
+        line = {"model": run.variant, **measure(run, args)}
+        said = [f"{key} {line[key]:.4g}" + " (not converged)" * _open(line, key) for key in MEASURES if key in line]
+        print(f"{run.folder.name}: {', '.join(said)}", flush=True)
+        results["runs"].append(line)
+        results["measures"] = {key: MEASURES[key] for key in MEASURES if all(key in each for each in results["runs"])}
         results["summary"] = summary(results["runs"])
         args.results.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(results, indent=1)
         write_whole(args.results, lambda temporary, text=text: temporary.write_text(text + "\n"))
+    for name, line in summary(results["runs"]).items():
+        for key in (f"largest{kind}" for kind in CURVATURES):
+            if few := line[key].get("unconverged"):
+                print(f"{name}: {key} had not converged in {few} of {line['seeds']} seeds: try more --iterations.")
     print(f"written: {args.results}")
 
 
-def measure(folder: Path, args) -> dict:
+def measure(run: Run, args) -> dict:
     """Everything that the table holds of one run."""
     device = pick_device(args.device)
-    model, card = load_checkpoint(folder / "model.safetensors")
-    model = model.to(device)
+    card, path = run.card, run.folder / FILE
+    model = run.model().to(device)
     data = load_dataset(args.data or card["data"], "train", img_size=card["img_size"], limit=args.images)
     images, labels = (part.to(device) for part in data[:])
     smoothing = card["recipe"]["label_smoothing"]
     options = dict(tolerance=args.tolerance, iterations=args.iterations, progress=args.progress)
     found = {
-        "seed": card["seed"],
+        "seed": run.seed,
         "data": {"name": data.name, "split": "train", "images": len(data), "img_size": data.img_size},
         "test_accuracy": card["metrics"]["test_accuracy"],
         "train_accuracy": evaluate(model, data, device)["accuracy"],
@@ -90,8 +93,8 @@ def measure(folder: Path, args) -> dict:
         "loss": batch_loss(model, images, labels, smoothing=smoothing),
         "loss_plain": batch_loss(model, images, labels),
     }
-    kinds = {"": dict(smoothing=smoothing), "_plain": {}, "_relative": dict(smoothing=smoothing, relative=True)}
-    for kind, which in kinds.items():
+    settings = dict(smoothing=smoothing), {}, dict(smoothing=smoothing, relative=True)
+    for kind, which in zip(CURVATURES, settings, strict=True):
         spectrum = hessian_spectrum(model, images, labels, args.count, **which, **options)
         found[f"largest{kind}"] = float(spectrum.values[0])
         found[f"eigenvalues{kind}"] = _rounded(spectrum.values)
@@ -99,24 +102,27 @@ def measure(folder: Path, args) -> dict:
         found[f"lowest{kind}"] = float(f"{spectrum.lowest:.4g}")
         found[f"products{kind}"], found[f"converged{kind}"] = spectrum.iterations, bool(spectrum.converged)
     found["rise"] = rise(model, images, labels, args.radius, args.directions, smoothing=smoothing).mean
-    if not (folder / FILE).is_file():
+    if not path.is_file():
         return found
-    trajectory = load_trajectory(folder / FILE)
+    trajectory = load_trajectory(path)
     directions, lengths = principal_directions(trajectory), path_lengths(trajectory)
-    path = path_losses(model, directions, trajectory, images, labels, smoothing=smoothing)
+    losses = path_losses(model, directions, trajectory, images, labels, smoothing=smoothing)
     return found | {
         "explained": _rounded(directions.explained[:8]),
         "explained_two": 100 * float(directions.explained[:2].sum()),
         "length": float(lengths.steps.sum()),
         "distance": float(lengths.to_end[0]),
         "norms": [float(lengths.norms[0]), float(lengths.norms[-1])],
-        "projected": _rounded(path.projected),
-        "own": _rounded(path.own),
+        "projected": _rounded(losses.projected),
+        "own": _rounded(losses.own),
     }
 
 
 def summary(runs: list[dict]) -> dict[str, dict]:
-    """Mean and spread (standard deviation over seeds, n - 1) of every measure, model by model."""
+    """Mean and spread (standard deviation over seeds, n - 1; None of one seed) of every measure, model by model.
+
+    An eigenvalue that has not converged in some seeds says in how many: "unconverged".
+    """
     found = {}
     for name in dict.fromkeys(run["model"] for run in runs):
         mine = [run for run in runs if run["model"] == name]
@@ -125,37 +131,53 @@ def summary(runs: list[dict]) -> dict[str, dict]:
             if not all(key in run for run in mine):
                 continue  # no snapshots were kept
             values = np.array([run[key] for run in mine])
-            spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+            spread = float(values.std(ddof=1)) if len(values) > 1 else None
             found[name][key] = {"mean": float(values.mean()), "std": spread}
+            if unsure := sum(_open(run, key) for run in mine):
+                found[name][key]["unconverged"] = unsure
     return found
+
+
+def _open(run: dict, measure: str) -> bool:
+    """Whether this measure of a run is an eigenvalue that has not converged."""
+    return measure.startswith("largest") and not run[measure.replace("largest", "converged")]
 
 
 def _rounded(values) -> list[float]:
     return [float(f"{value:.4g}") for value in values]
 
 
-def _so_far(args) -> list[dict]:
-    """The runs that an earlier call with the same settings left in the file."""
+def _so_far(args, data: str) -> list[dict]:
+    """The runs that an earlier call left in the file, one on the same data that differs in `SAME_TABLE` alone."""
     if not args.results.is_file():
         return []
-    before = json.loads(args.results.read_text())
-    for key, value in before["settings"].items():
-        if getattr(args, key) != value:
+    try:
+        before = json.loads(args.results.read_text())
+        words, runs = shlex.split(before["command"]), before["runs"]
+        names = [run["data"]["name"] for run in runs if {"model", "seed", "largest"} <= set(run)]
+        earlier = vars(_parser().parse_args(words[words.index(NAME) + 1 :]))
+        if len(names) < len(runs):
+            raise ValueError("its runs hold no eigenvalues")
+    except (ValueError, TypeError, KeyError, SystemExit) as error:
+        raise ValueError(
+            f"{args.results} is no table of landscapes, or damaged ({error}): give another file."
+        ) from error
+    earlier = {**earlier, "dataset": names[0] if names else data}
+    for key, value in {**vars(args), "dataset": data}.items():
+        if key not in SAME_TABLE and earlier[key] != value:
             raise ValueError(
-                f"{args.results} was measured with {key} = {value}, now {getattr(args, key)}: give the same settings, "
-                "or another file."
+                f"{args.results} was measured with {key} = {earlier[key]}, now {value}: give the same settings, or "
+                "another file."
             )
-    return before["runs"]
+    return runs
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m karat_lite.analysis.landscape_table", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog=f"python -m {NAME}", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--runs", type=Path, required=True, help="folder of run folders")
     add("--results", type=Path, required=True, help="JSON file for the table")
-    add("--data", help="dataset or image folder, in place of the one on the runs' cards")
+    add("--data", help="dataset or image folder that the runs are named after, where it is not the only one")
     add("--images", type=int, default=256, help="training images that losses are taken on")
     add("--count", type=int, default=3, help="eigenvalues")
     add("--iterations", type=int, default=60, help="products H v at most")

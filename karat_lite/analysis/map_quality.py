@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from einops import einsum, reduce, repeat
 from torch import Tensor
 
-from ..checkpoints import load_checkpoint, write_whole
+from ..checkpoints import write_whole
 from ..checks import at_least, one_of, run_command
 from ..data import normalise
 from ..vit import VisionTransformer
 from .cost import machine
 from .maps import KINDS, SIGNS, ClassTokenMaps, class_token_maps
 from .masked import Masked, load_masked
+from .runs import find_runs
 
 BASELINES = ("random", "centre", "brightness", "average", "mask")
 FILLS = ("mean", "blur")
@@ -38,7 +39,7 @@ def coverage(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     down, across = grid
     if masks.ndim != 3 or masks.shape[1] % down or masks.shape[2] % across:
         raise ValueError(f"masks of shape {tuple(masks.shape)} are not (B, H, W) cut in {down} x {across} patches.")
-    return reduce(masks.double(), "B (down a) (across b) -> B (down across)", "mean", down=down, across=across)
+    return reduce(masks.cpu().double(), "B (down a) (across b) -> B (down across)", "mean", down=down, across=across)
 
 
 class OnObject(NamedTuple):
@@ -47,7 +48,8 @@ class OnObject(NamedTuple):
     pointing: the share of the strongest patch that lies on the object: the chance that a point in it hits. Patches that
         tie for the first place are averaged. Of a random map that is the object's share of the picture, on average.
     mass: the share of all positive weight that lies on the object, each patch's weight spread evenly over it; negative
-        weights count as 0. A map without positive weight says nothing, and scores as an even one.
+        weights count as 0. A map without positive weight says nothing, and scores as an even one. Largest with all
+        weight on the one patch that the object covers best: an honest outline of the object scores less.
     iou: intersection over union of object and the patches above a threshold, at the threshold that is best for this
         image. It flatters every map, random ones too.
     """
@@ -128,7 +130,7 @@ def deletion_insertion(
             for name, x in (("deletion", gone.where(strong, whole)), ("insertion", whole.where(strong, gone))):
                 curve[name].append(model(x).softmax(dim=-1).gather(1, target))
         rows.append([torch.cat([*curve[name], end], dim=1) for name, end in (("deletion", last), ("insertion", first))])
-    deletion, insertion = (torch.cat(part).double().cpu() for part in zip(*rows, strict=True))
+    deletion, insertion = (torch.cat(part).cpu().double() for part in zip(*rows, strict=True))
     return Curves(torch.tensor(counts, dtype=torch.float64) / counts[-1], deletion, insertion)
 
 
@@ -148,7 +150,7 @@ def _checked(maps: Tensor, shape) -> Tensor:
         )
     if not maps.isfinite().all():
         raise ValueError("maps must be finite: NaN or infinity cannot be ranked.")
-    return maps.double().cpu()
+    return maps.cpu().double()  # in this order: Apple's devices know no float64
 
 
 def make_maps(
@@ -157,10 +159,12 @@ def make_maps(
     """Maps (B, n) of one of `KINDS` (see `ClassTokenMaps.kind`), or of a baseline, which looks at no attention:
 
         random      uniform numbers, drawn from `seed`
-        centre      a Gaussian on the middle of the picture, standard deviation a quarter of its side
+        centre      a Gaussian on the middle of the picture, standard deviation a quarter of its side; the picture ends
+                    at two of these, so that its weights spread by 0.22 of the side only
         brightness  the luma of each patch
         average     the mean over all images of the "attention" map of `layer`: the same for every image
-        mask        the share of each patch that the object covers: the ceiling that patches allow for mass and iou
+        mask        the share of each patch that the object covers: the ceiling that patches allow for pointing and
+                    iou; for mass no ceiling, but what an honest outline scores
 
     seen: `class_token_maps` of data's images.
     """
@@ -221,7 +225,7 @@ def run_rows(model: VisionTransformer, data: Masked, steps: int, fills, seed: in
     images = normalise(data.images)
     seen = class_token_maps(model, images)
     depth, rows = seen.maps.shape[1], []
-    known = data.masks is not None  # else there is no ceiling, and nothing to say of blocks but the last
+    known = data.masks is not None  # else nothing can lie on the object, and blocks but the last have no score
     layers = range(0 if known else depth - 1, depth)
     cases = [(kind, layer, signs) for kind in KINDS for layer in layers for signs in SIGNS]
     baselines = [kind for kind in BASELINES if known or kind != "mask"]
@@ -243,9 +247,16 @@ def run_rows(model: VisionTransformer, data: Masked, steps: int, fills, seed: in
 
 
 def summarise(runs: list[dict]) -> list[dict]:
-    """Mean and spread (standard deviation over seeds, n - 1) of every score, by attention, map, layer and signs."""
-    keys, groups = ("map", "layer", "signs"), {}
+    """Mean and spread (standard deviation over seeds, n - 1; None of one seed) of every score, by attention and map.
+
+    A line for every map, layer and way to read signs; attention: what varies between runs. Raises `ValueError` where it
+    has a seed twice.
+    """
+    keys, groups, there = ("map", "layer", "signs"), {}, set()
     for run in runs:
+        if (run["attention"], run["seed"]) in there:
+            raise ValueError(f"{run['attention']} with seed {run['seed']} comes twice: give each run once.")
+        there.add((run["attention"], run["seed"]))
         for row in run["rows"]:
             groups.setdefault((run["attention"], *(row[key] for key in keys)), []).append(row)
     found = []
@@ -255,17 +266,17 @@ def summarise(runs: list[dict]) -> list[dict]:
             values = [row[name] for row in rows if row[name] is not None]
             if values:
                 values = torch.tensor(values, dtype=torch.float64)
-                spread = values.std().item() if len(values) > 1 else 0.0
+                spread = values.std().item() if len(values) > 1 else None
                 line[name] = {"mean": values.mean().item(), "std": spread}
         found.append(line)
     return found
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Score the maps of all finished runs in a folder that `python -m karat_lite.train --out` filled."""
+    """Score the maps of the runs that `python -m karat_lite.train --out` left in a folder, those on one dataset."""
     parser = argparse.ArgumentParser(prog="python -m karat_lite.analysis.map_quality", description=main.__doc__)
     add = parser.add_argument
-    add("--runs", type=Path, required=True, help="folder with RUN/model.safetensors, one a run")
+    add("--runs", type=Path, required=True, help="folder of the runs that karat_lite.train --out wrote")
     add(
         "--data",
         default="shapes",
@@ -277,31 +288,20 @@ def main(argv: list[str] | None = None) -> None:
     add("--results", type=Path, required=True, help="JSON file")
     args = parser.parse_args(argv)
     command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    files = sorted(args.runs.glob("*/model.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"no run in {args.runs}: expected {args.runs}/RUN/model.safetensors.")
-    loaded = [load_checkpoint(file) for file in files]
-    if args.data == "shapes":  # the folder may hold runs on other data, too
-        kept = [(file, one) for file, one in zip(files, loaded, strict=True) if one[1]["data"] == "shapes"]
-        if not kept:
-            there = ", ".join(file.parent.name for file in files)
-            raise ValueError(f"no run in {args.runs} was trained on shapes: there are {there}.")
-        files, loaded = zip(*kept, strict=True)
-    for file, (_, card) in zip(files, loaded, strict=True):
-        done, wanted = card["metrics"]["epoch"], card["recipe"]["epochs"]
-        if done < wanted:
-            raise ValueError(f"{file.parent.name} is not finished: epoch {done} of {wanted}. Train on with --resume.")
+    # A model can be asked about any picture, but drawn shapes mean nothing to one that has seen none.
+    found = find_runs(args.runs, Path(args.data).name, elsewhere=args.data != "shapes")
+    found.sort(key=lambda run: not run.variant.startswith("softmax"))  # what is compared with comes first
     runs = []
-    for file, (model, card) in zip(files, loaded, strict=True):
+    for one in found:
+        model = one.model()
         data = load_masked(args.data, model.img_size, args.limit)
-        run = {"run": file.parent.name, "attention": card["config"]["attention"], "seed": card["seed"]}
-        run |= {"trained_on": card["data"], "test_accuracy": card["metrics"]["test_accuracy"]}
-        run["rows"] = run_rows(model, data, args.steps, args.fill, card["seed"])
+        run = {"run": one.folder.name, "attention": one.variant, "seed": one.seed}
+        run |= {"trained_on": one.data, "test_accuracy": one.card["metrics"]["test_accuracy"]}
+        run["rows"] = run_rows(model, data, args.steps, args.fill, one.seed)
         runs.append(run)
         print(run["run"], {name: f"{run['rows'][-1][name]:.3f}" for name in ON_OBJECT if name in run["rows"][-1]})
     about = {"name": data.name, "images": len(data.images), "img_size": data.images.shape[-1]}
     about["object_share"] = None if data.masks is None else data.masks.double().mean().item()
-    runs.sort(key=lambda run: (run["attention"] != "softmax", run["attention"], run["seed"]))
     results = {"command": command, "machine": machine(), "data": about, "steps": args.steps, "fills": args.fill}
     results |= {"summary": summarise(runs), "runs": runs}
     args.results.parent.mkdir(parents=True, exist_ok=True)

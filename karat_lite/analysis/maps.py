@@ -28,6 +28,7 @@ from ..data import normalise, read_image, to_square
 from ..functional import attention_scores
 from ..not_finite import first_not_finite
 from ..vit import VisionTransformer
+from .inputs import whole_numbers
 
 KINDS = ("scores", "attention", "dominant", "added", "rollout", "direct", "regions")
 SIGNS = ("signed", "absolute")
@@ -130,11 +131,14 @@ def class_token_maps(
     at_once = max(1, min(at_least("batch_size", batch_size, 1), AT_ONCE // one))
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"expected images (B, {model.in_chans}, H, W), B >= 1, got shape {tuple(images.shape)}.")
-    if target is not None and (target.shape != images.shape[:1] or target.min() < 0 or target.max() >= classes):
-        raise ValueError(
-            f"target must hold a class from 0 to {classes - 1} for each of the {len(images)} images, "
-            f"got {target.tolist()}."
-        )
+    if target is not None:
+        given, target = target, target.long()
+        fits = target.shape == images.shape[:1] and whole_numbers(given)
+        if not fits or target.min() < 0 or target.max() >= classes:
+            raise ValueError(
+                f"target must hold a class from 0 to {classes - 1} for each of the {len(images)} images, "
+                f"got {given.tolist()}."
+            )
     parts = []
     for start in range(0, len(images), at_once):
         some = slice(start, start + at_once)

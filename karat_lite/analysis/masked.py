@@ -34,8 +34,8 @@ def load_masked(name_or_path: str | Path, img_size: int, limit: int | None = Non
     so many, in the order of their names (of a folder for training, a fixed choice).
 
     Raises `FileNotFoundError` for a folder that is not there and for pictures without a mask (the first is named);
-    `ValueError` for a folder without pictures, a mask of another size than its picture, and one that holds no object,
-    or nothing else, after the crop.
+    `ValueError` for a folder without pictures, two files whose names differ in the ending alone, a mask of another size
+    than its picture, and one that holds no object, or nothing else, after the crop.
     """
     if limit is not None:
         at_least("limit", limit, 1)
@@ -67,7 +67,16 @@ def _files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: expected PATH/images/ and PATH/masks/ with files of equal names.")
     files = (f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS and not f.name.startswith("."))
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(files)}
+    found: dict[str, Path] = {}
+    for file in sorted(files):
+        name = file.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise ValueError(
+                f"{found[name]} and {file.name} differ in their ending alone, and a picture and its mask are one name: "
+                "rename or remove one."
+            )
+        found[name] = file
+    return found
 
 
 def _pair(picture: Path, mask: Path, img_size: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,68 @@
+"""What analyses take: batches in which no image is alone, labels of any whole type, models of any precision."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import batch, path, tiny
+
+from karat_lite.analysis.content import ablate
+from karat_lite.analysis.directions import principal_directions
+from karat_lite.analysis.hessian import hessian_spectrum
+from karat_lite.analysis.inputs import parts
+from karat_lite.analysis.landscape import batch_loss, path_losses
+from karat_lite.analysis.maps import class_token_maps
+
+IMAGES, LABELS = batch()
+
+
+def sizes(n, most, least=1):
+    return [len(part) for part in parts(torch.arange(n), most, least)]
+
+
+def test_batches_are_even_and_where_it_matters_none_is_alone():
+    assert (
+        sizes(10, 4) == [4, 3, 3] and sizes(51, 50) == [26, 25] and sizes(5, 1) == [1] * 5 and sizes(5, 2) == [2, 2, 1]
+    )
+    assert (
+        sizes(5, 2, least=2) == [3, 2] and sizes(3, 2, 2) == [3] and sizes(1, 2, 2) == [1] and sizes(6, 2, 2) == [2] * 3
+    )
+    for n in range(2, 40):
+        for most in range(2, 9):
+            assert sum(sizes(n, most, 2)) == n and min(sizes(n, most, 2)) >= 2 and max(sizes(n, most, 2)) <= most + 1
+    with pytest.raises(ValueError, match="batch_size must be >= 2, got 1"):
+        sizes(5, 1, 2)
+
+
+def test_every_image_finds_another():
+    model = tiny("softmax")
+    assert len(ablate(model, IMAGES[:3], LABELS[:3], batch_size=2)) == 7
+    with pytest.raises(ValueError, match="come from the same batch, got batch_size = 1: take at least 2"):
+        ablate(model, IMAGES, LABELS, batch_size=1)
+    (alone,), (together,) = (ablate(model, IMAGES, LABELS, ["zero"], batch_size=size) for size in (1, 10))
+    assert alone.loss == pytest.approx(together.loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8])
+def test_labels_of_any_whole_type(kind):
+    model, labels = tiny("softmax"), LABELS.to(kind)
+    assert batch_loss(model, IMAGES, labels) == batch_loss(model, IMAGES, LABELS)
+    assert ablate(model, IMAGES, labels, ["zero"]) == ablate(model, IMAGES, LABELS, ["zero"])
+    assert np.array_equal(*(hessian_spectrum(model, IMAGES, y, 1, progress=False).values for y in (labels, LABELS)))
+    assert torch.equal(*(class_token_maps(model, IMAGES, y).pushes for y in (labels, LABELS)))
+
+
+@pytest.mark.parametrize("call", [batch_loss, ablate, class_token_maps])
+def test_truth_values_are_no_labels(call):
+    with pytest.raises(ValueError, match="whole numbers|must hold a class"):
+        call(tiny("softmax"), IMAGES, LABELS > 0)
+
+
+def test_a_double_model_is_judged_in_double():
+    model, images, steps = tiny("softmax").double(), IMAGES.double(), path(tiny("softmax"))
+    found = path_losses(model, principal_directions(steps), steps, images, LABELS)
+    (line,) = ablate(model, images, LABELS, ["as they are"])
+    with torch.no_grad():
+        assert line.loss == pytest.approx(F.cross_entropy(model(images), LABELS).item(), rel=1e-12)
+        first = steps.model(0).double()(images)
+    assert found.own[0] == pytest.approx(F.cross_entropy(first, LABELS).item(), rel=1e-12)
