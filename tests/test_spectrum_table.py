@@ -56,10 +56,11 @@ def test_the_command_writes_means_and_spreads_over_seeds(runs, tmp_path, capsys)
 
 
 def test_one_seed_without_a_trajectory(runs, tmp_path):
-    shutil.copytree(runs / "digits_karat_seed1", tmp_path / "mine", ignore=shutil.ignore_patterns("trajectory*"))
+    folder = tmp_path / "digits_karat_seed1"
+    shutil.copytree(runs / folder.name, folder, ignore=shutil.ignore_patterns("trajectory*"))
     found = spectrum_table.seeds_table(tmp_path, images=2)
-    assert found["weights"] == {} and found["runs"][0]["weights"] is None and found["runs"][0]["model"] == "mine"
-    assert found["ranks"]["mine"]["numerical rank"]["after"] == {"mean": [4.0, 4.0], "std": [0.0, 0.0]}
+    assert found["weights"] == {} and found["runs"][0]["weights"] is None and found["runs"][0]["model"] == "karat"
+    assert found["ranks"]["karat"]["numerical rank"]["after"] == {"mean": [4.0, 4.0], "std": None}
 
 
 def test_folders_that_make_no_table_are_named(runs, tmp_path):
@@ -68,10 +69,14 @@ def test_folders_that_make_no_table_are_named(runs, tmp_path):
     model, card = kl.load_checkpoint(runs / "digits_karat_seed0" / "model.safetensors")
     half = {**card, "metrics": {**card["metrics"], "epoch": 1}, "recipe": {**card["recipe"], "epochs": 2}}
     kl.save_checkpoint(tmp_path / "digits_karat_seed0" / "model.safetensors", model, half)
-    with pytest.raises(ValueError, match="digits_karat_seed0 has trained 1 of 2 epochs"):
+    with pytest.raises(ValueError, match="digits_karat_seed0 is not finished: epoch 1 of 2"):
         spectrum_table.seeds_table(tmp_path)
     kl.save_checkpoint(tmp_path / "digits_karat_seed0" / "model.safetensors", model, card)
     kl.save_checkpoint(tmp_path / "shapes_karat_seed0" / "model.safetensors", model, {**card, "data": "shapes"})
-    with pytest.raises(ValueError, match="is of shapes at 8 pixels, others are of digits at 8"):
+    with pytest.raises(ValueError, match="several datasets .digits, shapes., a table those of one: name it by --data"):
         spectrum_table.seeds_table(tmp_path)
-    assert len(spectrum_table.seeds_table(tmp_path, images=2, data="digits")["runs"]) == 2
+    assert len(spectrum_table.seeds_table(tmp_path, images=2, data="digits")["runs"]) == 1
+    larger = {**card, "img_size": 16, "seed": 1}
+    kl.save_checkpoint(tmp_path / "digits_karat_seed1" / "model.safetensors", model, larger)
+    with pytest.raises(ValueError, match="digits_karat_seed1 has images of 16 pixels, others of 8"):
+        spectrum_table.seeds_table(tmp_path, images=2, data="digits")

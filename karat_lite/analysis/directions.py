@@ -49,10 +49,10 @@ class Directions:
         check_fits("trajectory", trajectory.weights, self.origin, leading=1)
         gram, products = 0.0, 0.0
         for name, at in self.origin.items():
-            d = self.along[name].double().flatten(1)
-            x = (trajectory.weights[name].to(at.device).double() - at.double()).flatten(1)
+            d = self.along[name].cpu().double().flatten(1)  # Apple's devices know no float64
+            x = (trajectory.weights[name].cpu().double() - at.cpu().double()).flatten(1)
             gram, products = gram + d @ d.T, products + x @ d.T
-        return torch.linalg.solve(gram, products.T).T.cpu().numpy()
+        return torch.linalg.solve(gram, products.T).T.numpy()
 
 
 def principal_directions(trajectory: Trajectory, count: int = 2) -> Directions:
