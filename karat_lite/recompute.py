@@ -4,7 +4,8 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from .bases import LinearBasis, wide
+from . import bases
+from .bases import LinearBasis, basis_from_key, wide
 from .kernels import blocked
 
 
@@ -28,9 +29,17 @@ def recompute(
     if fused and q.dtype != k.dtype:  # the kernels read both as one type
         q, k = (x.to(torch.promote_types(q.dtype, k.dtype)) for x in (q, k))
     tensors = (q, k, v, coef, weight)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _Recompute.apply(*tensors, scale, basis, fused)[0]
-    return _Recompute.forward(*tensors, scale, basis, fused)[0]
+    if torch.compiler.is_compiling():
+        return _attend_op(*tensors, scale, basis.key, fused)[0]
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+        return _attend(*tensors, scale, basis, fused)[0]
+    if _in_torch_func():
+        return _InTorchFunc.apply(*tensors, scale, basis, fused)[0]
+    return _Recompute.apply(*tensors, scale, basis, fused)
+
+
+# Whether a transform of torch.func is at work; True where torch does not tell, which costs time and nothing else.
+_in_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 class _Recompute(torch.autograd.Function):
@@ -44,34 +53,44 @@ class _Recompute(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(q, k, v, coef, weight, scale, basis, fused):
-        with torch.autocast(q.device.type, enabled=False):
-            y = _mix(q, k, _right(v, coef, weight), scale, basis, fused)
-            out = y
-            if weight is not None:
-                y, weight, values = _alike(fused, y, weight, v)
-                out = y @ (weight.mT @ values)
-        return out.to(q.dtype if v is None else v.dtype), None if weight is None else y
+    def forward(ctx, *inputs):
+        out, y = _attend(*inputs)
+        _keep(ctx, inputs, y)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad, _=None):
+        *tensors, y = ctx.saved_tensors  # read once: activation checkpointing hands them over a single time
+        return _once(grad, tensors, _gradients(grad, *tensors, y, *ctx.rest))
+
+
+class _InTorchFunc(_Recompute):
+    """The same with Y among the outputs, as torch.func wants it; `apply` of such a class takes 0.1 to 0.2 ms more."""
+
+    @staticmethod
+    def forward(*inputs):
+        return _attend(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.scale, ctx.basis, ctx.fused = inputs
-        y = output[1]
-        if y is not None:
-            ctx.mark_non_differentiable(y)
-        ctx.save_for_backward(*tensors, y)
+        if output[1] is not None:
+            ctx.mark_non_differentiable(output[1])
+        _keep(ctx, inputs, output[1])
 
-    @staticmethod
-    def backward(ctx, grad, _):
-        *inputs, y = ctx.saved_tensors  # read once: activation checkpointing hands them over a single time
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            grads = _gradients(grad, *inputs, y, ctx.scale, ctx.basis, ctx.fused)
-        grads = [None if x is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
-        if torch.is_grad_enabled():  # create_graph=True
-            there = [g for g in grads if g is not None]
-            marked = iter(_OnlyOnce.apply(len(there), *there, grad, *[x for x in inputs if x is not None]))
-            grads = [None if g is None else next(marked) for g in grads]
-        return *grads, None, None, None
+
+def _keep(ctx, inputs, y: Tensor | None) -> None:
+    *tensors, scale, basis, fused = inputs
+    ctx.save_for_backward(*tensors, y)
+    ctx.rest = scale, basis, fused
+
+
+def _once(grad: Tensor, tensors: list[Tensor | None], grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What a backward pass returns: gradients of all inputs, which cannot be differentiated in their turn."""
+    if torch.is_grad_enabled():  # create_graph=True
+        there = [g for g in grads if g is not None]
+        marked = iter(_OnlyOnce.apply(len(there), *there, grad, *[x for x in tensors if x is not None]))
+        grads = [None if g is None else next(marked) for g in grads]
+    return *grads, None, None, None
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -93,6 +112,25 @@ class _OnlyOnce(torch.autograd.Function):
         )
 
 
+def _attend(q, k, v, coef, weight, scale, basis, fused) -> tuple[Tensor, Tensor | None]:
+    """Output and, with a projector, Y."""
+    with torch.autocast(q.device.type, enabled=False):
+        y = _mix(q, k, _right(v, coef, weight), scale, basis, fused)
+        out = y
+        if weight is not None:
+            y, weight, values = _alike(fused, y.contiguous(), weight, v)  # or every product with Y would copy it
+            out = y @ (weight.mT @ values)
+    return out.to(q.dtype if v is None else v.dtype), None if weight is None else y
+
+
+def _gradients(grad, q, k, v, coef, weight, *rest) -> list[Tensor | None]:
+    """Those of q, k, v, coef and weight; None for what is not there."""
+    tensors = (q, k, v, coef, weight)
+    with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+        grads = _wide_gradients(grad, *tensors, *rest)
+        return [None if x is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=True)]
+
+
 def _right(v: Tensor | None, coef: Tensor, weight: Tensor | None) -> Tensor:
     """What the maps are multiplied with: coefficients, shared by all images, or values mixed over tokens."""
     if v is None or weight is not None:
@@ -106,8 +144,11 @@ def _alike(fused: bool, y: Tensor, *others: Tensor) -> list[Tensor]:
     float32 at least; beside fused kernels in that of the values, the last: a GPU's tensor cores want half precision,
     and in an H200's profile these products took longer in float32 than the kernels themselves.
     """
-    dtype = others[-1].dtype if fused else wide(others[-1]).dtype
-    return [x.to(dtype) for x in (y, *others)]
+    return [x.to(_dtype_of_units(fused, others[-1])) for x in (y, *others)]
+
+
+def _dtype_of_units(fused: bool, v: Tensor) -> torch.dtype:
+    return v.dtype if fused else torch.promote_types(v.dtype, torch.float32)
 
 
 def _mix(q, k, right, scale, basis, fused) -> Tensor:
@@ -126,7 +167,7 @@ def _mix_gradients(grad, q, k, right, scale, basis, fused) -> tuple[Tensor, Tens
     return blocked.mix_gradients(grad, wide(q), wide(k), right, scale, basis)
 
 
-def _gradients(grad, q, k, v, coef, weight, y, scale, basis, fused):
+def _wide_gradients(grad, q, k, v, coef, weight, y, scale, basis, fused):
     right = _right(v, coef, weight)
     if v is None:
         dq, dk, dright = _mix_gradients(wide(grad), q, k, right, scale, basis, fused)
@@ -136,7 +177,79 @@ def _gradients(grad, q, k, v, coef, weight, y, scale, basis, fused):
         dv = einsum(wide(coef), dright, "h n q F, B h F q d -> B h n d")
         return dq, dk, dv, einsum(wide(v), dright, "B h n d, B h F q d -> h n q F"), None
     grad, y, weight, v = _alike(fused, grad, y, weight, v)
+    grad, v = grad.contiguous(), v.contiguous()
     dy, du = grad @ (weight.mT @ v).mT, y.mT @ grad
     dq, dk, dright = _mix_gradients(dy, q, k, right, scale, basis, fused)
-    dweight = einsum(v, du, "B h n d, B h r d -> h n r")
+    # Products image by image, then their sum: one product over images and channels would copy V once more.
+    dweight = (v @ du.mT).sum(dim=0, dtype=torch.promote_types(v.dtype, torch.float32))
     return dq, dk, weight @ du, dright[0].permute(0, 3, 2, 1), dweight
+
+
+# ---- for torch.compile ----------------------------------------------------------------------------------------------
+# Each pass is one operation, with all its products inside: of what it sees, torch.compile keeps whatever the backward
+# pass would compute again (R, W^T V, copies of V, the scores of every block). A basis travels as text.
+
+
+@torch.library.custom_op("karat_lite::attend", mutates_args=())
+def _attend_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    coef: Tensor,
+    weight: Tensor | None,
+    scale: float,
+    basis: str,
+    fused: bool,
+) -> tuple[Tensor, Tensor]:
+    out, y = _attend(q, k, v, coef, weight, scale, None if fused else _made_from(basis), fused)
+    return out.contiguous(), out.new_empty(0) if y is None else y
+
+
+@_attend_op.register_fake
+def _(q, k, v, coef, weight, scale, basis, fused):
+    shape, units = q.shape[:3], coef.shape[1]
+    if v is None:
+        return q.new_empty(*shape, units), q.new_empty(0)
+    y = v.new_empty(0) if weight is None else v.new_empty(*shape, units, dtype=_dtype_of_units(fused, v))
+    return v.new_empty(*shape, v.shape[-1]), y
+
+
+@torch.library.custom_op("karat_lite::attend_gradients", mutates_args=())
+def _gradients_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    coef: Tensor,
+    weight: Tensor | None,
+    y: Tensor,
+    scale: float,
+    basis: str,
+    fused: bool,
+) -> list[Tensor]:
+    grads = _gradients(grad, q, k, v, coef, weight, y, scale, None if fused else _made_from(basis), fused)
+    return [g.contiguous() for g in grads if g is not None]
+
+
+@_gradients_op.register_fake
+def _(grad, q, k, v, coef, weight, y, scale, basis, fused):
+    return [x.new_empty(x.shape) for x in (q, k, v, coef, weight) if x is not None]
+
+
+def _backward_of_op(ctx, grad, _):
+    *tensors, y = ctx.saved_tensors
+    found = iter(_gradients_op(grad, *tensors, y, *ctx.rest))
+    return _once(grad, tensors, [None if x is None else next(found) for x in tensors])
+
+
+_attend_op.register_autograd(_backward_of_op, setup_context=_InTorchFunc.setup_context)
+
+_made: dict[str, LinearBasis] = {}
+
+
+def _made_from(key: str) -> LinearBasis:
+    """`basis_from_key`, which takes a millisecond, once for each key and class registered by its name."""
+    basis = _made.get(key)
+    if basis is None or bases._REGISTRY.get(basis.name) is not type(getattr(basis, "basis", basis)):
+        basis = _made[key] = basis_from_key(key)
+    return basis

@@ -70,6 +70,13 @@ def test_blocks_hold_every_score_once_and_keep_their_scratch_small(depth, monkey
     assert (times == 1).all()
 
 
+def test_blocks_are_larger_where_no_cpu_computes():
+    """Each is some dozen launches on a GPU. 32 images of ViT-Tiny: 16 blocks of 6 planes on a CPU, one elsewhere."""
+    planes = {device: torch.empty(32, 3, 197, 2, device=device) for device in ("cpu", "meta")}
+    sizes = {name: [part.planes for part, *_ in blocked._blocks(x, x, 6)] for name, x in planes.items()}
+    assert sizes["cpu"] == 16 * [6] and sizes["meta"] == [96]
+
+
 @pytest.mark.parametrize("grid", [1, 3, 11])
 @pytest.mark.parametrize("rank", [1, 12, None])
 def test_float32_is_as_good_as_the_definition(grid, rank):
@@ -174,7 +181,7 @@ def test_the_sixty_gigabyte_case():
 
 @pytest.mark.parametrize("rank", [3, 5, None])  # few units; more than d / 2; full
 def test_torch_compile_takes_it_whole(rank):
-    """No graph break, the same numbers, and still nothing of the size of the scores kept."""
+    """No graph break, the same numbers, and nothing more is kept."""
     torch.manual_seed(0)
     model, x = kl.KArAttention(16, 2, 65, rank=rank), torch.randn(2, 65, 16)
     expected = [model(x), *torch.autograd.grad(model(x).square().sum(), list(model.parameters()))]
@@ -182,8 +189,7 @@ def test_torch_compile_takes_it_whole(rank):
     out = compiled(x)
     found = [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
     assert all(error(a, b) <= 1e-5 for a, b in zip(found, expected, strict=True))
-    scores = 2 * 2 * 65 * 65 * 4
-    assert kept_bytes(compiled, x) < scores + kept_bytes(model, x)
+    assert kept_bytes(compiled, x) <= 1.02 * kept_bytes(model, x)
 
 
 @pytest.mark.parametrize("rank", [4, 5, None])

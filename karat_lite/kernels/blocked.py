@@ -13,36 +13,20 @@ few rows that look at thousands of keys would make that product narrow and deep,
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ..bases import LinearBasis, basis_from_key
+from ..bases import LinearBasis
 
 AT_ONCE = 10 << 15  # scores of a block at most: 8 planes of 197 x 197
 MAPS_AT_ONCE = 7 << 18  # numbers in its maps at most: G = 11 took up to a third longer with more of them
+ELSEWHERE = 16  # times both where no CPU computes: a GPU wants few, large launches, and 0.2 GB of scratch is little
 
 
 def mix(q: Tensor, k: Tensor, right: Tensor, scale: float, basis: LinearBasis) -> Tensor:
     """Y (B, h, M, e) for q (B, h, M, d), k (B, h, N, d), right (B or 1, h, F, N, e), all float32 or all float64."""
-    if torch.compiler.is_compiling():
-        return _mix_op(q, k, right, scale, basis.key)
-    return _mix(q, k, right, scale, basis)
-
-
-def mix_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, right: Tensor, scale: float, basis: LinearBasis
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and right, given that of Y: grad (B, h, M, e).
-
-    E_f = grad R_f^T,   dS = sum_f psi_f'(S) E_f,   dQ = scale dS K,   dK = scale dS^T Q,   dR_f = psi_f(S)^T grad
-    """
-    if torch.compiler.is_compiling():
-        return _mix_gradients_op(grad, q, k, right, scale, basis.key)
-    return _mix_gradients(grad, q, k, right, scale, basis)
-
-
-def _mix(q: Tensor, k: Tensor, right: Tensor, scale: float, basis: LinearBasis) -> Tensor:
     q, k = q.transpose(0, 1) * scale, k.transpose(0, 1)
     y = right.new_zeros(*q.shape[:2], right.shape[-1], q.shape[2])  # (h, B, e, M)
     right, mixing = right.permute(1, 0, 4, 2, 3), basis.mixing()  # (h, B, e, F, N)
@@ -54,9 +38,13 @@ def _mix(q: Tensor, k: Tensor, right: Tensor, scale: float, basis: LinearBasis) 
     return y.mT.transpose(0, 1)
 
 
-def _mix_gradients(
+def mix_gradients(
     grad: Tensor, q: Tensor, k: Tensor, right: Tensor, scale: float, basis: LinearBasis
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and right, given that of Y: grad (B, h, M, e).
+
+    E_f = grad R_f^T,   dS = sum_f psi_f'(S) E_f,   dQ = scale dS K,   dK = scale dS^T Q,   dR_f = psi_f(S)^T grad
+    """
     q, k, grad = q.transpose(0, 1) * scale, k.transpose(0, 1), grad.transpose(0, 1)
     right, mixing = right.permute(1, 0, 3, 4, 2), basis.mixing()  # (h, B, N, e, F)
     if mixing is not None:
@@ -121,7 +109,8 @@ def _blocks(q: Tensor, k: Tensor, depth: int) -> Iterator[tuple[_Part, slice, sl
     Scratch for a block: maps (P, F, q, k) with F = `depth`, and two planes (P, q, k).
     """
     heads, images, rows, keys = *q.shape[:3], k.shape[2]
-    at_once = min(AT_ONCE, max(1, MAPS_AT_ONCE // max(1, depth)))
+    times = 1 if q.device.type == "cpu" else ELSEWHERE
+    at_once = min(times * AT_ONCE, max(1, times * MAPS_AT_ONCE // max(1, depth)))
     some_rows, some_keys = rows, keys
     if rows * keys > at_once:
         side = math.isqrt(at_once)
@@ -155,7 +144,9 @@ def _through_maps(
     """As `_see`, with dS = sum_f psi_f'(S) E_f, E_f = spread(f), in place of S: by the graph of the maps themselves."""
     maps, s, _ = scratch
     x = torch.bmm(k, q.mT, out=s).detach().requires_grad_()
-    with torch.enable_grad():
+    with _autograd():
+        if not x.view_as(x).requires_grad:  # every slope would be 0, without an error
+            raise RuntimeError(f"autograd is switched off where {basis!r} needs it for the slopes of its maps.")
         psi = dict(basis.maps(x))
     for f, psi_f in psi.items():
         maps[:, f].copy_(psi_f.detach())
@@ -165,28 +156,11 @@ def _through_maps(
     return maps, torch.autograd.grad([psi[f] for f in sloped], x, [spread(f).clone() for f in sloped])[0]
 
 
-# For torch.compile: a block's steps are an operation that it takes as a whole, or it would unroll them all and, seeing
-# the scores of the forward pass in the backward pass again, keep them.
-
-
-@torch.library.custom_op("karat_lite::blocked_mix", mutates_args=())
-def _mix_op(q: Tensor, k: Tensor, right: Tensor, scale: float, basis: str) -> Tensor:
-    return _mix(q, k, right, scale, basis_from_key(basis)).contiguous()
-
-
-@_mix_op.register_fake
-def _(q, k, right, scale, basis):
-    return right.new_empty(*q.shape[:3], right.shape[-1])
-
-
-@torch.library.custom_op("karat_lite::blocked_mix_gradients", mutates_args=())
-def _mix_gradients_op(
-    grad: Tensor, q: Tensor, k: Tensor, right: Tensor, scale: float, basis: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _mix_gradients(grad, q, k, right, scale, basis_from_key(basis))
-    return tuple(g.contiguous() for g in grads)
-
-
-@_mix_gradients_op.register_fake
-def _(grad, q, k, right, scale, basis):
-    return tuple(x.new_empty(x.shape) for x in (q, k, right))
+@contextmanager
+def _autograd():
+    """Autograd on. `torch.enable_grad` is not enough in an operation of torch.library, which runs below autograd."""
+    hidden = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        hidden = hidden.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), hidden), torch.enable_grad():
+        yield
