@@ -1,31 +1,51 @@
 """Compile the fused kernels for NVIDIA GPUs that are not here: python tests/kernels_for_gpu.py [capability ...].
 
-The interpreter runs kernels that no GPU would take: it knows neither shared memory nor the rules of tensor cores. One
-line per kernel: capability, type, sizes, name, kilobytes of shared memory. Written for Triton 3.3 or newer.
+The interpreter runs kernels that no GPU would take: it knows neither registers nor shared memory nor the rules of
+tensor cores. Everything that is launched for the sizes below, with the constants it is launched with, one line each:
+capability, type, sizes, name, bytes of shared memory, bytes of stack (what a thread has no register for). Written for
+Triton 3.3 or newer.
 """
 
+import re
+import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
 from karat_lite.kernels import fourier_programs
-from karat_lite.kernels.fourier_triton import _plan
+from karat_lite.kernels.fourier_triton import HARMONICS, _plans
 
-CASES = {  # type: (d, e, G), modular heads of ViT-Tiny and the largest full-rank heads
-    torch.float16: [(64, 12, 3), (128, 128, 16)],
-    torch.bfloat16: [(64, 12, 3), (128, 128, 16)],
-    torch.float32: [(128, 128, 16)],
+CASES = [  # type, d, e, G, whether images share R: ViT-Tiny's heads, modular and full rank, and wide heads
+    *[(torch.bfloat16, 64, e, 3, True) for e in (12, 24, 48)],
+    (torch.bfloat16, 64, 64, 3, False),
+    (torch.bfloat16, 128, 128, 16, False),
+    (torch.float16, 64, 12, 3, True),
+    (torch.float16, 128, 48, 3, True),
+    (torch.float32, 64, 12, 3, True),
+    (torch.float32, 64, 64, 3, False),
+    (torch.float32, 128, 128, 16, False),
+]
+PROGRAMS = {
+    "mix": "mix",
+    "queries": "score_gradient",
+    "keys": "score_gradient",
+    "right": "right_gradient",
+    "keys and right": "key_and_right_gradient",
 }
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 NATIVE = {"q", "k", "own", "other", "result", "right"}  # in the inputs' type; the other pointers are float32
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, plan: dict):
+def compile_for(capability: int, kernel, dtype: torch.dtype, plan: dict):
     signature, constexprs, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
-        known = constants | plan | ({name: 1} if name.endswith("_channel") else {})
+        known = plan | ({name: 1} if name.endswith("_channel") else {})
         if name in known:
             signature[name], constexprs[(place,)] = "constexpr", known[name]
         elif name in NATIVE | {"grad", "out", "partial"}:
@@ -39,26 +59,32 @@ def compile_for(capability: int, kernel, dtype: torch.dtype, constants: dict, pl
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def stack(cubin: bytes) -> int:
+    """Bytes of a thread's stack, where it spills what its registers cannot hold."""
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def line(capability: int, dtype: torch.dtype, d: int, e: int, grid: int, name: str, plan: dict) -> str:
+    plan = plan | (dict(FIRST=0, COUNT=min(grid, HARMONICS)) if name == "right" else {})
+    made = compile_for(capability, getattr(fourier_programs, PROGRAMS[name]), dtype, plan)
+    sizes = f"d={d} e={e} G={grid}"
+    return f"{capability}; {NAMES[dtype]}; {sizes}; {name}; {made.metadata.shared}; {stack(made.asm['cubin'])}"
+
+
 def main(capabilities: list[int]) -> None:
-    kernels = {
-        "mix": {},
-        "score_gradient": dict(KEYS=False),
-        "score_gradient, keys": dict(KEYS=True),
-        "right_gradient": dict(FIRST=0, COUNT=3),
-        "key_and_right_gradient": {},
-    }
-    for capability in capabilities:
-        for dtype, sizes in CASES.items():
-            for d, e, grid in sizes:
-                plan = _plan(torch.empty(1, 1, 1, d, dtype=dtype), torch.empty(1, 1, 2 * grid, 1, e, device="meta"))
-                for name, constants in kernels.items():
-                    if name == "key_and_right_gradient" and grid > 3:
-                        continue
-                    kernel = getattr(fourier_programs, name.split(",")[0])
-                    made = compile_for(capability, kernel, dtype, constants, plan)
-                    print(
-                        f"{capability}; {NAMES[dtype]} d={d} e={e} G={grid}; {name}; {made.metadata.shared / 1024:.0f}"
-                    )
+    with ProcessPoolExecutor() as pool:
+        lines = []
+        for dtype, d, e, grid, shared in CASES:
+            q = torch.empty(2, 1, 1, d, dtype=dtype, device="meta")
+            plans = _plans(q, torch.empty(1 if shared else 2, 1, 2 * grid, 1, e, device="meta"))
+            for name, plan in plans.items():
+                lines += [pool.submit(line, c, dtype, d, e, grid, name, plan) for c in capabilities]
+        for made in lines:
+            print(made.result())
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ def _tile(base, rows, columns, row_end, column_end, row_stride, column_stride):
 def _cos_sin(x, FAST: tl.constexpr):
     """cos x and sin x; FAST: by the GPU's own approximation once x is in [-pi, pi], to 1e-6 for |x| <= 20,000.
 
-    A unit computes it that stands idle otherwise. Beside inputs in half precision that is exact enough.
+    A unit computes it that stands idle otherwise. Beside inputs in half precision that is exact enough. tl.floor would
+    take that unit as long as a sine; adding 1.5 * 2^23, where float32 has whole numbers alone, rounds as well.
     """
     if FAST:
-        n = tl.floor(x * 0.15915494309 + 0.5)
-        t = ((x - n * 6.28125) - n * 1.935005187988281e-3) - n * 3.019915981956753e-7
+        n = (x * 0.15915494309 + 12582912.0) - 12582912.0
+        t = (x - n * 6.28125) - n * 1.9353071795864769e-3  # x - n 2 pi, the first product exact
         return libdevice.fast_cosf(t), libdevice.fast_sinf(t)
     else:
         return _cos_sin_exact(x)
@@ -52,6 +53,23 @@ def _next(cos_m, sin_m, cos_1, sin_1):
     return cos_m * cos_1 - sin_m * sin_1, sin_m * cos_1 + cos_m * sin_1
 
 
+@triton.jit
+def _edges(
+    right, columns, grad_rows, e, N,
+    KEYS: tl.constexpr, E: tl.constexpr, G: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """E_f = dOut R_f^T, (M, N) blocks, of the cosine that `right` points at and of its sine; with KEYS transposed."""
+    right_cos = _tile(right, columns, e, N, E, E, 1).to(GRAD)
+    right_sin = _tile(right + G * N * E, columns, e, N, E, E, 1).to(GRAD)
+    if KEYS:
+        edge_cos = tl.dot(right_cos, tl.trans(grad_rows), input_precision=PRECISION)
+        edge_sin = tl.dot(right_sin, tl.trans(grad_rows), input_precision=PRECISION)
+    else:
+        edge_cos = tl.dot(grad_rows, tl.trans(right_cos), input_precision=PRECISION)
+        edge_sin = tl.dot(grad_rows, tl.trans(right_sin), input_precision=PRECISION)
+    return edge_cos, edge_sin
+
+
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
@@ -61,7 +79,7 @@ def mix(
     q_image, q_head, q_row, q_channel, k_image, k_head, k_row, k_channel, right_image,
     D: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    TYPE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    TYPE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Out (M, e) of one image and head: a block of rows and of e."""
     blocks = tl.cdiv(M, BLOCK_OWN)
@@ -77,11 +95,10 @@ def mix(
     for start in range(0, N, BLOCK_OTHER):
         columns = start + tl.arange(0, BLOCK_OTHER)
         keys = _tile(k, columns, d, N, D, k_row, k_channel).to(TYPE)
-        cos_1, sin_1 = _cos_sin(
-            tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale, FAST
-        )  # (M, N) blocks
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale  # (M, N) blocks
+        cos_1, sin_1 = _cos_sin(scores, FAST)
         cos_m, sin_m = cos_1, sin_1
-        for m in tl.range(0, G, loop_unroll_factor=G if G * BLOCK_E <= 64 else 1):
+        for m in tl.range(0, G, loop_unroll_factor=G if UNROLL else 1):
             # Columns beyond N count as cos 0 = 1: it is R that is 0 there.
             right_cos = _tile(right + m * N * E, columns, e, N, E, E, 1).to(TYPE)
             right_sin = _tile(right + (G + m) * N * E, columns, e, N, E, E, 1).to(TYPE)
@@ -98,9 +115,12 @@ def score_gradient(
     own_image, own_head, own_row, own_channel, other_image, other_head, other_row, other_channel, right_image,
     KEYS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    TYPE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    TYPE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """dQ = scale dS K, own rows queries; with KEYS dK = scale dS^T Q, own rows keys and every tile transposed."""
+    """dQ = scale dS K, own rows queries; with KEYS dK = scale dS^T Q, own rows keys and every tile transposed.
+
+    `right` holds m R_f, so that dS = Re(z (F_1 + z (F_2 + ... z F_G))), z = exp(i S), F_m = E_(sin m) + i E_(cos m).
+    """
     blocks = tl.cdiv(OWN, BLOCK_OWN)
     image_head = (tl.program_id(0) // blocks).to(tl.int64)
     image, head = image_head // heads, image_head % heads
@@ -121,21 +141,17 @@ def score_gradient(
         other_rows = _tile(other, theirs, d, OTHER, D, other_row, other_channel).to(TYPE)
         cos_1, sin_1 = _cos_sin(tl.dot(own_rows, tl.trans(other_rows), input_precision=PRECISION) * scale, FAST)
         grad_score = tl.zeros([BLOCK_OWN, BLOCK_OTHER], tl.float32)
+        columns = mine if KEYS else theirs
         for first in range(0, E, BLOCK_E):
             e = first + tl.arange(0, BLOCK_E)
             grad_rows = _tile(grad, theirs if KEYS else mine, e, M, E, E, 1).to(GRAD)
-            cos_m, sin_m = cos_1, sin_1
-            for m in tl.range(0, G, loop_unroll_factor=G if G * BLOCK_E <= 64 else 1):
-                right_cos = _tile(right + m * N * E, mine if KEYS else theirs, e, N, E, E, 1).to(GRAD)
-                right_sin = _tile(right + (G + m) * N * E, mine if KEYS else theirs, e, N, E, E, 1).to(GRAD)
-                if KEYS:
-                    grad_cos = tl.dot(right_cos, tl.trans(grad_rows), input_precision=PRECISION)
-                    grad_sin = tl.dot(right_sin, tl.trans(grad_rows), input_precision=PRECISION)
-                else:
-                    grad_cos = tl.dot(grad_rows, tl.trans(right_cos), input_precision=PRECISION)
-                    grad_sin = tl.dot(grad_rows, tl.trans(right_sin), input_precision=PRECISION)
-                grad_score += (m + 1) * (cos_m * grad_sin - sin_m * grad_cos)
-                cos_m, sin_m = _next(cos_m, sin_m, cos_1, sin_1)
+            harmonic = right + (G - 1) * N * E
+            im, re = _edges(harmonic, columns, grad_rows, e, N, KEYS, E, G, GRAD, PRECISION)
+            for _ in tl.range(1, G, loop_unroll_factor=G - 1 if UNROLL else 1):
+                harmonic -= N * E
+                edge_cos, edge_sin = _edges(harmonic, columns, grad_rows, e, N, KEYS, E, G, GRAD, PRECISION)
+                re, im = edge_sin + re * cos_1 - im * sin_1, edge_cos + im * cos_1 + re * sin_1
+            grad_score += re * cos_1 - im * sin_1
         # Beyond OTHER grad_score is 0, because R is, or with KEYS dOut.
         total = tl.dot(grad_score.to(GRAD), other_rows.to(GRAD), total, input_precision=PRECISION)
     inside = (mine[:, None] < OWN) & (d[None, :] < D)
@@ -149,7 +165,7 @@ def right_gradient(
     q_image, q_head, q_row, q_channel, k_image, k_head, k_row, k_channel,
     FIRST: tl.constexpr, COUNT: tl.constexpr, D: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    TYPE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    TYPE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """dR_f = psi_f(S)^T dOut over `share` images, COUNT harmonics from FIRST + 1 on: a block of columns q and of e."""
     blocks = tl.cdiv(N, BLOCK_OWN)
@@ -169,9 +185,8 @@ def right_gradient(
             rows = start + tl.arange(0, BLOCK_OTHER)
             queries = _tile(q, rows, d, M, D, q_row, q_channel).to(TYPE)
             grad_rows = _tile(grad, rows, e, M, E, E, 1).to(GRAD)  # 0 beyond M
-            cos_1, sin_1 = _cos_sin(
-                tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale, FAST
-            )  # (N, M) blocks
+            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale  # (N, M) blocks
+            cos_1, sin_1 = _cos_sin(scores, FAST)
             cos_m, sin_m = cos_1, sin_1
             for _skip in tl.static_range(FIRST):
                 cos_m, sin_m = _next(cos_m, sin_m, cos_1, sin_1)
@@ -206,9 +221,12 @@ def key_and_right_gradient(
     q_image, q_head, q_row, q_channel, k_image, k_head, k_row, k_channel,
     D: tl.constexpr, E: tl.constexpr, G: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    TYPE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    TYPE: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """dK = scale dS^T Q and dR_f = psi_f(S)^T dOut at once, for G <= 3, one block of e and an R that images share."""
+    """dK = scale dS^T Q and dR_f = psi_f(S)^T dOut at once, for G <= 3, one block of e and an R that images share.
+
+    `right` holds m R_f, so that dS = sum_m cos(m S) E_(sin m) - sin(m S) E_(cos m): the harmonics are here for dR.
+    """
     blocks = tl.cdiv(N, BLOCK_OWN)
     group_head = (tl.program_id(0) // blocks).to(tl.int64)
     image, head = group_head // heads * share, group_head % heads
@@ -246,14 +264,14 @@ def key_and_right_gradient(
             sin_a = tl.dot(sin_1.to(GRAD), grad_rows, sin_a, input_precision=PRECISION)
             if G > 1:
                 cos_m, sin_m = _next(cos_1, sin_1, cos_1, sin_1)
-                grad_score += 2 * cos_m * tl.dot(right_sin_b, across, input_precision=PRECISION)
-                grad_score -= 2 * sin_m * tl.dot(right_cos_b, across, input_precision=PRECISION)
+                grad_score += cos_m * tl.dot(right_sin_b, across, input_precision=PRECISION)
+                grad_score -= sin_m * tl.dot(right_cos_b, across, input_precision=PRECISION)
                 cos_b = tl.dot(cos_m.to(GRAD), grad_rows, cos_b, input_precision=PRECISION)
                 sin_b = tl.dot(sin_m.to(GRAD), grad_rows, sin_b, input_precision=PRECISION)
             if G > 2:
                 cos_m, sin_m = _next(cos_m, sin_m, cos_1, sin_1)
-                grad_score += 3 * cos_m * tl.dot(right_sin_c, across, input_precision=PRECISION)
-                grad_score -= 3 * sin_m * tl.dot(right_cos_c, across, input_precision=PRECISION)
+                grad_score += cos_m * tl.dot(right_sin_c, across, input_precision=PRECISION)
+                grad_score -= sin_m * tl.dot(right_cos_c, across, input_precision=PRECISION)
                 cos_c = tl.dot(cos_m.to(GRAD), grad_rows, cos_c, input_precision=PRECISION)
                 sin_c = tl.dot(sin_m.to(GRAD), grad_rows, sin_c, input_precision=PRECISION)
             total = tl.dot(grad_score.to(GRAD), queries.to(GRAD), total, input_precision=PRECISION)

@@ -7,7 +7,7 @@ with psi_f = cos(m x), m = 1..G, then sin(m x), m = 1..G; F = 2G. One sum serves
 R_fqp = c_pqf, one for all images, e = r; full rank takes R_f = c_f^T V, one per image, e = d. Backward, given dOut:
 
     E_f    = dOut R_f^T                                    (M, N)
-    dS     = sum_m m [cos(m S) E_(sin m) - sin(m S) E_(cos m)]
+    dS     = sum_m m [cos(m S) E_(sin m) - sin(m S) E_(cos m)]     (the kernels are given m R_f)
     dQ     = scale dS K,   dK = scale dS^T Q,   dR_f = psi_f(S)^T dOut     (summed over the images that share R)
 
 Arrangement. Each program owns a block of rows of its result and loops over everything that is summed. No two programs
@@ -17,11 +17,11 @@ write the same number, so there are no atomics, and two calls agree bit by bit.
     mix                       rows of Out            q                       once per block of 64 e
     score_gradient            rows of dQ             q                       once
                               rows of dK             k                       once
-    right_gradient            rows of dR_f, 6 f      images of a group, k    once per 3 harmonics and block of 64 e
+    right_gradient            rows of dR_f, 6 f      images of a group, k    once per 3 harmonics and block of e
     key_and_right_gradient    rows of dK and dR_f    images of a group, k    once
 
-The last takes the place of the two before it where it can: G <= 3, e <= 64 and one R for all images. On an H200 it
-takes 0.80 (N = 197) to 0.87 (N = 1,025) of their time.
+The last takes the place of the two before it where its accumulators fit in registers: G <= 3, e <= 16, d <= 64, one R
+for all images. On an H200 it took 0.80 (N = 197) to 0.87 (N = 1,025) of their time.
 
 Scores are evaluated anew in every kernel: d products and a sine cost less than moving M N numbers. The accumulators of
 dR must stay in registers, so three harmonics go at a time; the paper's G = 3 is one launch. Where images share R, the
@@ -65,11 +65,23 @@ def supported(q: Tensor, right: Tensor) -> str | None:
             f"the Triton kernels need a GPU, got tensors on {q.device}. To try them without one, set "
             "TRITON_INTERPRET=1 before Python starts (slow, for tests)."
         )
+    # On older ones Triton has no tensor cores for half precision: products are scalar, and their tiles overflow.
+    if q.device.type == "cuda" and q.dtype != torch.float32 and (found := _capability(q.device.index)) < (8, 0):
+        return (
+            f"the Triton kernels take {q.dtype} on GPUs of compute capability 8.0 or newer, got {found[0]}.{found[1]} "
+            "(a T4 has 7.5): use float32 or another backend there."
+        )
     if q.shape[-1] > MAX_CHANNELS:
         return f"the Triton kernels take at most {MAX_CHANNELS} channels per head, got {q.shape[-1]}: use more heads."
     if right.shape[-3] > 2 * MAX_GRID:
         return f"the Triton kernels take G up to {MAX_GRID}, got {right.shape[-3] // 2}: use another backend there."
     return None
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int]:
+    """Of a GPU; PyTorch remembers it. A constant to torch.compile."""
+    return torch.cuda.get_device_capability(index)
 
 
 @torch.library.custom_op("karat_lite::fourier_mix", mutates_args=(), device_types=("cpu", "cuda"))
@@ -89,7 +101,7 @@ def mix_forward(q: Tensor, k: Tensor, right: Tensor, scale: float) -> Tensor:
     out = q.new_empty((*q.shape[:3], right.shape[-1]), dtype=torch.float32)
     if out.numel() == 0 or right.numel() == 0:
         return out.zero_()
-    right, plan = right.to(q.dtype).contiguous(), _plan(q, right)
+    right, plan = right.to(q.dtype).contiguous(), _plans(q, right)["mix"]
     grid = (_programs(q, plan), triton.cdiv(right.shape[-1], plan["BLOCK_E"]))
     with _on(q):
         mix[grid](q, k, right, out, scale, *q.shape[1:3], k.shape[2], *q.stride(), *k.stride(), _step(right), **plan)
@@ -115,36 +127,33 @@ def mix_backward(grad: Tensor, q: Tensor, k: Tensor, right: Tensor, scale: float
     grad_q, grad_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     if grad.numel() == 0 or right.numel() == 0:
         return grad_q.zero_(), grad_k.zero_(), right.new_zeros(right.shape, dtype=torch.float32)
-    shared, plan = right.shape[0] == 1, _plan(q, right)
-    together = shared and maps // 2 <= HARMONICS and e <= plan["BLOCK_E"]
-    grad, right, step = grad.contiguous(), right.to(q.dtype).contiguous(), _step(right)
+    shared, plan = right.shape[0] == 1, _plans(q, right)
+    grad, right, step = grad.contiguous(), _times_m(right, q.dtype), _step(right)
     strides = *q.stride(), *k.stride()
-    wider = plan["GRAD"] == tl.bfloat16 and plan["BLOCK_D"] <= 64  # an H200 takes a tenth less time so
     with _on(q):
-        for own, other, result, keys in ((q, k, grad_q, False), (k, q, grad_k, True))[: 1 if together else 2]:
-            its = {**plan, "BLOCK_OWN": 128} if wider and not keys else plan
-            score_gradient[(_programs(own, its),)](
-                grad, own, other, right, result, scale, heads, own.shape[2], other.shape[2],
-                *own.stride(), *other.stride(), step, KEYS=keys, **its,
-            )  # fmt: skip
+        for own, other, result, name in ((q, k, grad_q, "queries"), (k, q, grad_k, "keys")):
+            if name in plan:
+                score_gradient[(_programs(own, plan[name]),)](
+                    grad, own, other, right, result, scale, heads, own.shape[2], other.shape[2],
+                    *own.stride(), *other.stride(), step, **plan[name],
+                )  # fmt: skip
 
-        blocks = triton.cdiv(columns, plan["BLOCK_OWN"]) * heads
-        blocks_e = triton.cdiv(e, plan["BLOCK_E"])
+        its = plan["right"] if "right" in plan else plan["keys and right"]
+        blocks = triton.cdiv(columns, its["BLOCK_OWN"]) * heads
+        blocks_e = triton.cdiv(e, its["BLOCK_E"])
         share = -(-images // max(1, PROGRAMS // (blocks * blocks_e))) if shared else 1  # images of a group
         groups = -(-images // share)
         partial = q.new_empty((groups, heads, maps, columns, e), dtype=torch.float32)
-        if together:
-            key_and_right_gradient[(blocks * groups,)](
-                grad, q, k, right, grad_k, partial, scale, images, share, heads, rows, columns, *strides, **plan,
-            )  # fmt: skip
-        else:
-            if plan["BLOCK_E"] > 16:
-                plan["num_warps"] = 8  # six accumulators of 64 x 64
+        if "right" in plan:
             for first in range(0, maps // 2, HARMONICS):
                 right_gradient[(blocks * groups, blocks_e)](
                     grad, q, k, partial, scale, images, share, heads, rows, columns, *strides,
-                    FIRST=first, COUNT=min(HARMONICS, maps // 2 - first), **plan,
+                    FIRST=first, COUNT=min(HARMONICS, maps // 2 - first), **its,
                 )  # fmt: skip
+        else:
+            key_and_right_gradient[(blocks * groups,)](
+                grad, q, k, right, grad_k, partial, scale, images, share, heads, rows, columns, *strides, **its,
+            )  # fmt: skip
     return grad_q, grad_k, partial.sum(dim=0, keepdim=True) if shared and groups > 1 else partial
 
 
@@ -173,32 +182,53 @@ def _check(q: Tensor, k: Tensor, right: Tensor) -> None:
         raise ValueError(reason)
 
 
-def _plan(q: Tensor, right: Tensor) -> dict:
-    """Constants of all kernels, by shapes and types alone. Registers decide: a thread has 255 at most.
+def _plans(q: Tensor, right: Tensor) -> dict[str, dict]:
+    """Constants of each kernel that is launched, by shapes and types alone. Registers decide: a thread has 255 at most.
 
     A block owned by a program meets blocks of 32 on the other side: four tiles of harmonics, one or two of gradients
     and the accumulators are alive at once. N = 197 fills blocks of 32 to 88 %, blocks of 64 to 77 %. Tensor cores
-    want 64 rows for a group of four warps; float32 products without them hold their operands in registers too: 32.
-    Beyond d = 64 eight warps share the tiles. e goes in blocks of at most 64.
+    want 64 rows for a group of four warps, two groups beyond d = 64 (eight warps with 64 rows would compute scores
+    twice); float32 products without them hold their operands in registers too: 32. e goes in blocks of at most 64; dR,
+    six accumulators, takes 32 of them or, in float32, eight warps. tests/kernels_for_gpu.py compiles what comes of it:
+    within 99 KB of shared memory up to sm_89, 227 KB on sm_90, and next to nothing is spilled.
     """
-    d, maps, e = q.shape[-1], right.shape[-3], right.shape[-1]
-    single = q.dtype == torch.float32
-    block_d = max(16, triton.next_power_of_2(d))
-    return dict(
+    d, grid, e = q.shape[-1], right.shape[-3] // 2, right.shape[-1]
+    single, wide = q.dtype == torch.float32, d > 64
+    block_e = min(64, max(16, triton.next_power_of_2(e)))
+    unroll = 1 < grid and (grid * block_e <= 64 or (grid <= 3 and not single and not wide))
+    plan = dict(
         D=d,
         E=e,
-        G=maps // 2,
-        BLOCK_OWN=32 if single else 64,
+        G=grid,
+        BLOCK_OWN=32 if single else 128 if wide else 64,
         BLOCK_OTHER=32,
-        BLOCK_D=block_d,
-        BLOCK_E=min(64, max(16, triton.next_power_of_2(e))),
+        BLOCK_D=max(16, triton.next_power_of_2(d)),
+        BLOCK_E=block_e,
         TYPE=tl.float32 if INTERPRETED else TYPES[q.dtype],  # bfloat16 arithmetic is wrong in the interpreter
         GRAD=tl.bfloat16 if q.dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
         FAST=not (single or INTERPRETED),
         PRECISION="ieee" if single or INTERPRETED else "tf32",
-        num_warps=4 if block_d <= 64 else 8,
-        num_stages=3,
+        UNROLL=unroll,
+        num_warps=8 if wide else 4,
+        num_stages=2 if unroll and block_e > 16 else 3,  # a stage of an unrolled loop holds R of all harmonics
     )
+    queries = keys = plan
+    if wide or plan["GRAD"] == tl.float32:  # e is summed over: its blocks may be small
+        queries = keys = {**plan, "BLOCK_E": 16, "UNROLL": 1 < grid <= 3, "num_stages": 2 if wide else 3}
+    else:  # on an H200 128 rows took a tenth less time than 64; four warps would spill
+        queries = {**plan, "BLOCK_OWN": 128, "num_warps": 8}
+    made = {"mix": plan, "queries": {**queries, "KEYS": False}}
+    if right.shape[0] == 1 and grid <= HARMONICS and block_e == 16 and not wide:
+        return {**made, "keys and right": plan}
+    sums = {"num_warps": 8} if single and block_e > 16 else {"BLOCK_E": min(block_e, 32), "num_stages": 3}
+    return {**made, "keys": {**keys, "KEYS": True}, "right": {**plan, **sums}}
+
+
+def _times_m(right: Tensor, dtype: torch.dtype) -> Tensor:
+    """m R_f, contiguous and of this type: all that dS needs of R."""
+    halves = right.unflatten(2, (2, -1))  # cosines, sines
+    m = torch.arange(1, halves.shape[3] + 1, device=right.device).view(-1, 1, 1)
+    return torch.mul(halves, m, out=right.new_empty(halves.shape, dtype=dtype))
 
 
 def _programs(own: Tensor, plan: dict) -> int:
