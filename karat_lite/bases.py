@@ -7,6 +7,7 @@ whose parameters stand inside the non-linearity have a file of their own: edge_b
 """
 
 import ast
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 
@@ -38,6 +39,7 @@ def register_basis(name: str):
             raise ValueError(f"a basis named {name!r} exists already ({known.__qualname__}): choose another name.")
         cls.name = name
         _REGISTRY[name] = cls
+        basis_from_key.cache_clear()  # it may hold a basis of the class that had the name before
         return cls
 
     return decorate
@@ -68,6 +70,7 @@ def make_basis(basis: "str | Basis", grid: int = 3, **options) -> "Basis":
     return made
 
 
+@functools.cache  # it takes a millisecond, and compiled code asks in every pass of every layer
 def basis_from_key(key: str) -> "Basis":
     """The basis that a `Basis.key` names: torch.compile keeps a basis as text."""
     try:

@@ -4,7 +4,6 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from . import bases
 from .bases import LinearBasis, basis_from_key, wide
 from .kernels import blocked
 
@@ -201,7 +200,7 @@ def _attend_op(
     basis: str,
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    out, y = _attend(q, k, v, coef, weight, scale, None if fused else _made_from(basis), fused)
+    out, y = _attend(q, k, v, coef, weight, scale, None if fused else basis_from_key(basis), fused)
     return out.contiguous(), out.new_empty(0) if y is None else y
 
 
@@ -227,7 +226,7 @@ def _gradients_op(
     basis: str,
     fused: bool,
 ) -> list[Tensor]:
-    grads = _gradients(grad, q, k, v, coef, weight, y, scale, None if fused else _made_from(basis), fused)
+    grads = _gradients(grad, q, k, v, coef, weight, y, scale, None if fused else basis_from_key(basis), fused)
     return [g.contiguous() for g in grads if g is not None]
 
 
@@ -243,13 +242,3 @@ def _backward_of_op(ctx, grad, _):
 
 
 _attend_op.register_autograd(_backward_of_op, setup_context=_InTorchFunc.setup_context)
-
-_made: dict[str, LinearBasis] = {}
-
-
-def _made_from(key: str) -> LinearBasis:
-    """`basis_from_key`, which takes a millisecond, once for each key and class registered by its name."""
-    basis = _made.get(key)
-    if basis is None or bases._REGISTRY.get(basis.name) is not type(getattr(basis, "basis", basis)):
-        basis = _made[key] = basis_from_key(key)
-    return basis

@@ -138,9 +138,9 @@ class VisionTransformer(nn.Module):
             raise TypeError(
                 f"images must be floating point, got {x.dtype}: karat_lite.data.normalise(images) makes them."
             )
-        # A sum is finite only if (barring overflow) every term is; one number to look at instead of a mask of booleans.
         if self.training and x.device.type == "cuda":
             return
+        # A sum is finite only if (barring overflow) every term is; one number to look at instead of a mask of booleans.
         if not torch.compiler.is_compiling() and not x.sum().isfinite() and not x.isfinite().all():
             bad = (~x.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
             raise ValueError(
