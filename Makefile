@@ -6,7 +6,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
-SOURCES := $(NOTEBOOKS) $(wildcard notebooks/*.py data/checkpoints/* data/results/*) $(shell find karat_lite -name '*.py')
+CIFAR := $(notdir $(basename $(wildcard data/checkpoints/cifar10_*.safetensors)))
+SOURCES := $(NOTEBOOKS) $(wildcard notebooks/*.py data/checkpoints/* data/trajectories/* data/results/*) $(shell find karat_lite -name '*.py')
 
 .PHONY: help tutorial lab test train check-cifar bench bench-gpu notebooks address check clean
 .DELETE_ON_ERROR:
@@ -27,9 +28,9 @@ help:
 # The stamp is removed first and written last: an interrupted installation is done again.
 $(INSTALLED): pyproject.toml .ci/constraints.txt .ci/ipywidgets7.txt
 	@rm -f $@
-	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) here: install Python 3.11 or newer."; exit 1; }
-	@$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 11); ok or print("$(PYTHON) is Python", sys.version.split()[0], \
-	  "but 3.11 or newer is needed: make PYTHON=python3.12"); sys.exit(not ok)'
+	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) here: install Python 3.11 to 3.14."; exit 1; }
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 15); ok or print("$(PYTHON) is Python", \
+	  sys.version.split()[0], "but 3.11 to 3.14 is needed: make PYTHON=python3.12"); sys.exit(not ok)'
 	@$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV)/: PyTorch makes it several gigabytes and a few minutes, once."
 	$(PY) -m pip install --disable-pip-version-check -c .ci/constraints.txt -e '.[lab,zoo,test]'
@@ -53,7 +54,7 @@ train: $(INSTALLED)
 	@$(PY) -m karat_lite.train $(or $(ARGS),--data digits --out runs --resume)
 
 check-cifar: $(INSTALLED)
-	@$(PY) -m karat_lite.check --data $(or $(DATA),cifar10)
+	@$(PY) -m karat_lite.check --data $(or $(DATA),cifar10) $(CIFAR)
 
 bench: $(INSTALLED)
 	@$(PY) -m karat_lite.bench $(ARGS)

@@ -6,6 +6,7 @@ follow from (seed, epoch, its index). So neither an interruption nor the number 
 """
 
 import contextlib
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -117,7 +118,7 @@ def timm_transform(recipe: Recipe, img_size: int, training: bool, mirrors: bool 
     except (AssertionError, ValueError, KeyError) as error:  # timm asserts what it expects of the text
         raise ValueError(f"timm cannot read auto_augment = {recipe.auto_augment!r}: {error or 'unknown'}.") from error
     for step in transform.transforms:
-        for op in getattr(step, "ops", ()):
+        for op in [*getattr(step, "ops", ()), *itertools.chain(*getattr(step, "policy", ()))]:
             if op.name.startswith("Posterize"):
                 op.aug_fn = _posterize
     return transform

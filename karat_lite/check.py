@@ -5,11 +5,10 @@ python -m karat_lite.check --data digits
 """
 
 import argparse
-from pathlib import Path
 
 from .checkpoints import available_checkpoints, load_checkpoint
 from .checks import run_command
-from .evaluation import evaluate, load_tested
+from .evaluation import evaluate, is_part_of, load_tested
 
 TOLERANCE = 0.001  # of accuracy: other processors round otherwise, and an image on the border may change sides
 
@@ -24,12 +23,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("checkpoints", nargs="*", help="names or paths")
     args = parser.parse_args(argv)
-    wanted = Path(args.data).name.split("_")[0]
     loaded, checked, wrong = {}, 0, 0
     for name in args.checkpoints or available_checkpoints():
         model, card = load_checkpoint(name)
         trained_on = card.get("data", "data that it does not name")
-        if not args.checkpoints and trained_on.split("_")[0] != wanted:
+        if not args.checkpoints and not is_part_of(args.data, card):
             continue
         if "test_accuracy" not in card.get("metrics", {}):
             raise ValueError(f"the card of {name} tells no test accuracy: there is nothing to compare with.")
@@ -43,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:24s} {accuracy:.2%} on {len(test_data):,} images, card {expected:.2%}"
               + f"  DIFFERENT (trained on {trained_on})" * off)  # fmt: skip
     if checked == 0:
-        raise SystemExit(f"no committed checkpoint was trained on {args.data}: there are {available_checkpoints()}.")
+        there = ", ".join(available_checkpoints())
+        raise SystemExit(f"no card of a committed checkpoint names {args.data}: name those to check, of {there}.")
     if wrong:
         raise SystemExit(f"{wrong} of {checked} checkpoints differ from their cards.")
 

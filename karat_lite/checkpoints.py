@@ -64,6 +64,10 @@ def load_checkpoint(path_or_name: str | Path, model: VisionTransformer | None = 
         card = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"the card in {path} is damaged ({error}): train or fetch the checkpoint again.") from error
+    if not isinstance(card, dict) or not isinstance(card.get("config"), dict):
+        raise ValueError(f"the card in {path} names no configuration of a model: train or fetch the checkpoint again.")
+    if isinstance(card.get("steps"), list):
+        raise ValueError(f"{path} holds the weights of many steps: load it with load_trajectory.")
     if (basis := card["config"].get("basis", "fourier")) not in available_bases():
         raise ValueError(
             f"{path.name} uses the basis {basis!r}, which is not registered here: run the code that defines it "
@@ -99,7 +103,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        temporary.touch()
+        mode = (path if path.exists() else temporary).stat().st_mode  # safetensors makes files for their owner alone
         write(temporary)
+        os.chmod(temporary, mode & 0o777)
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())  # the bytes before the name: after a power cut, too
         os.replace(temporary, path)

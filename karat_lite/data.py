@@ -4,11 +4,13 @@
     shapes      coloured shapes on textured grounds, drawn from a seed at any resolution, with object masks
     cifar10, cifar100, svhn, stl10, flowers102    downloaded when first loaded, see named_data.py
     imagenet    ROOT/imagenet/train/<class>/ and ROOT/imagenet/val/<class>/, to be put there by hand
-    a folder    PATH/train/<class>/*.png and PATH/test/<class>/*.png (or PATH/val), any format that Pillow reads
+    a folder    PATH/train/<class>/*.png and PATH/test/<class>/*.png (or PATH/val), any format that Pillow reads,
+                turned as its EXIF note says, what is transparent laid on white
 
 Every dataset yields pairs (image, label): image (3, H, W) float32 in [-1, 1], label a whole number.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -232,7 +234,8 @@ def _folder(path: Path, split: str, part: Path, img_size: int | None, limit: int
         if trained != classes:
             odd = sorted(set(trained) ^ set(classes))
             raise ValueError(f"train and test of {path} have different classes: {odd} stand in one part only.")
-    return _from_files(path.name, split, files, labels, classes, img_size, limit, in_memory)
+    name = Path(os.path.abspath(path)).name  # "." has a name, too
+    return _from_files(name, split, files, labels, classes, img_size, limit, in_memory)
 
 
 def _test_part(path: Path) -> Path:
@@ -250,16 +253,17 @@ def _class_folders(part: Path) -> list[Path]:
 
 def _list_folder(part: Path) -> tuple[list[Path], Tensor, list[str]]:
     """Every image file, its label, and the class names in order."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+    from PIL import Image
 
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = {}
     for folder in _class_folders(part):
-        files = (f for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS and not f.name.startswith("."))
-        found[folder.name] = sorted(files)
+        files = (f for f in folder.rglob("*") if f.suffix.lower() in endings and not f.name.startswith("."))
+        found[folder.name] = sorted(f for f in files if f.is_file())
     empty = [name for name, files in found.items() if not files]
     if empty or not found:
         where = f"{part / empty[0]}" if empty else f"{part}"
-        raise ValueError(f"no images in {where}: expected files ending in {', '.join(IMG_EXTENSIONS)}.")
+        raise ValueError(f"no images in {where}: expected files that Pillow reads, such as .png, .jpg or .webp.")
     if len(found) == 1:
         raise ValueError(
             f"{part} holds one class only ({next(iter(found))!r}): a classifier needs at least two folders."
@@ -269,8 +273,8 @@ def _list_folder(part: Path) -> tuple[list[Path], Tensor, list[str]]:
 
 
 def read_image(file: Path):
-    """One file as a `PIL.Image` in RGB. `ValueError` names a file that is no picture."""
-    from PIL import Image
+    """One file as a `PIL.Image` in RGB, upright, on white. `ValueError` names a file that is no picture."""
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as opened:
@@ -278,8 +282,12 @@ def read_image(file: Path):
                 return Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)).convert("RGB")
             if opened.mode in ("I", "F"):
                 raise ValueError(f"its numbers have no known range, mode {opened.mode}: save it with 8 or 16 bits")
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises any of these for a damaged file
+            upright = ImageOps.exif_transpose(opened) if opened.getexif().get(0x0112, 1) != 1 else opened  # orientation
+            if upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+            return upright.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of a damaged file, too
         raise ValueError(
             f"cannot read the image {file} ({error}): remove it or put a whole one in its place."
         ) from error

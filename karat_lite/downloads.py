@@ -1,7 +1,8 @@
 """Bytes from somewhere onto disk, whole or not at all: a file from the first mirror that gives it, an archive unpacked.
 
 A download stands under its name only when its digest is right. Until then it grows in NAME.part beside it, which
-survives an interruption: the next call goes on where the last one stopped, from whichever mirror.
+survives an interruption: the next call goes on where the last one stopped, from whichever mirror. A mirror that cannot
+go on from there begins anew in NAME.part.new, so that a bad one takes nothing away.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import gzip
 import hashlib
 import http.client
 import os
+import re
 import socket
 import tarfile
 import tempfile
@@ -37,6 +39,10 @@ class DownloadError(OSError):
 
 class _Broken(Exception):
     """The connection failed: it may do better next time."""
+
+
+class _Anew(Exception):
+    """The mirror's file ends before what is here: either it is the wrong one, or what is here is."""
 
 
 class _Useless(Exception):
@@ -145,34 +151,65 @@ def _alone(lock: Path):
 
 
 def _complete(part: Path, url: str, md5: str, timeout: float, progress: bool) -> None:
-    """Bring `part` from what it holds to the file with that digest. Raises `_Useless` if this mirror cannot."""
-    most = part.stat().st_size if part.is_file() else 0
-    inherited, futile = most > 0, 0
-    while True:
-        try:
-            _receive(part, url, timeout, progress)
-        except _Broken as error:
-            size = part.stat().st_size if part.is_file() else 0
-            futile = 0 if size > most else futile + 1
-            most = max(most, size)
-            if futile == TRIES:
-                raise _Useless(str(error)) from error
-            time.sleep(PAUSE * 2 ** max(0, futile - 1))
-            continue
-        found = md5_of(part)
-        if found == md5:
-            return
-        part.unlink()
-        if not inherited:
-            raise _Useless(f"these are other bytes (MD5 {found}, expected {md5})")
-        inherited, most = False, 0  # bytes from an earlier call or mirror may be to blame: once more from the start
+    """Bring `part` from what it holds to the file with that digest. Raises `_Useless` if this mirror cannot; `part`
+    then holds what it held before, or more."""
+    anew = _anew(part)
+    _keep_longer(part, anew)  # of a process that was killed
+    most = inherited = _size(part)
+    futile = 0
+    try:
+        while True:
+            try:
+                file = _receive(part, url, md5, timeout, progress)
+            except _Broken as error:
+                size = _size(anew if anew.is_file() else part)
+                futile = 0 if size > most else futile + 1
+                most = max(most, size)
+                if futile == TRIES:
+                    raise _Useless(str(error)) from error
+                time.sleep(PAUSE * 2 ** max(0, futile - 1))
+                continue
+            except _Anew:
+                anew.touch()
+                most = 0
+                continue
+            found = md5_of(file)
+            if found == md5:
+                file.replace(part)
+                return
+            other = _Useless(f"these are other bytes (MD5 {found}, expected {md5})")
+            if file == anew or not inherited:
+                file.unlink()
+                raise other
+            os.truncate(part, inherited)
+            anew.touch()  # bytes from an earlier call or mirror may be to blame: once more from the start
+            most = 0
+    finally:
+        _keep_longer(part, anew)
 
 
-def _receive(part: Path, url: str, timeout: float, progress: bool) -> None:
-    """One connection: append to `part` what lacks, or begin anew where the server cannot go on from there."""
+def _anew(part: Path) -> Path:
+    return part.with_name(f"{part.name}.new")
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+def _keep_longer(part: Path, anew: Path) -> None:
+    if _size(anew) > _size(part):
+        anew.replace(part)
+    anew.unlink(missing_ok=True)
+
+
+def _receive(part: Path, url: str, md5: str, timeout: float, progress: bool) -> Path:
+    """One connection: append what lacks to what there is, or begin anew beside it where the server cannot go on from
+    there. Returns the file that is now as long as the server's."""
     from tqdm import tqdm
 
-    start = part.stat().st_size if part.is_file() else 0
+    anew = _anew(part)
+    file = anew if anew.is_file() else part
+    start = _size(file)
     request = urllib.request.Request(url, headers={"User-Agent": "karat-lite"})
     if start:
         request.add_header("Range", f"bytes={start}-")
@@ -180,16 +217,21 @@ def _receive(part: Path, url: str, timeout: float, progress: bool) -> None:
         with _network(timeout):
             response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # the part is longer than the file
-            part.unlink()
-            return _receive(part, url, timeout, progress)
+        if error.code == 416 and start and file == part:
+            raise _Anew from error
         kind = _Broken if error.code >= 500 or error.code in (408, 429) else _Useless
         raise kind(f"HTTP {error.code} {error.reason}") from error
     with response:
-        if response.status != 206:
-            start = 0
-        length = response.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
+        if response.headers.get_content_type() == "text/html" and "Content-Type" in response.headers:
+            raise _Useless("a web page in place of the file: a login, or an error that is not called one")
+        length, total = response.headers.get("Content-Length"), None
+        span = re.match(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if start and not (response.status == 206 and span and int(span[1]) == start):
+            file, start = anew, 0
+        if response.status == 206 and span and span[2] != "*":
+            total = int(span[2])  # of the whole file: an answer may bring less than was asked
+        elif length is not None:
+            total = start + int(length)
         bar = tqdm(
             total=total,
             initial=start,
@@ -200,15 +242,16 @@ def _receive(part: Path, url: str, timeout: float, progress: bool) -> None:
             leave=False,
             disable=not progress,
         )
-        with part.open("ab" if start else "wb") as file, bar:
+        with file.open("ab" if start else "wb") as opened, bar:
             while True:
                 with _network(timeout):
                     chunk = response.read1(CHUNK)
                 if not chunk:
                     break
-                bar.update(file.write(chunk))
-    if total is not None and (received := part.stat().st_size) < total:
-        raise _Broken(f"the connection closed after {received:,} of {total:,} bytes")
+                bar.update(opened.write(chunk))
+    if _size(file) < total if total is not None else md5_of(file) != md5:
+        raise _Broken(f"the connection closed after {_size(file):,} of {'?' if total is None else f'{total:,}'} bytes")
+    return file
 
 
 @contextlib.contextmanager

@@ -20,9 +20,16 @@ def load_part(data: str | Path, split: str, recipe: Recipe, img_size: int | None
     return load_dataset(data, split, limit=limit, in_memory=False if files else None)
 
 
+def is_part_of(data: str | Path, card: dict) -> bool:
+    """Whether a checkpoint's card names this dataset, or a part of it (cifar10_10k is one of cifar10)."""
+    return str(card.get("data")).split("_")[0] == Path(data).name.split("_")[0]
+
+
 def load_tested(data: str | Path, model, card: dict):
     """The test part of a dataset, seen as the training on a checkpoint's `card` tested `model`."""
-    recipe = Recipe(**card.get("recipe", {}))
+    if not isinstance(recipe := card.get("recipe", {}), dict):
+        raise ValueError(f"the card's recipe is {recipe!r} in place of its settings: how it was tested is unknown.")
+    recipe = Recipe(**recipe)
     return as_tested(load_part(data, "test", recipe, model.img_size), recipe, model.img_size)
 
 
@@ -32,25 +39,28 @@ def evaluate(
     """Mean cross-entropy ("loss") and shares of right answers in one guess ("accuracy") and in five ("top5").
 
     `data` is what `load_dataset` gives, or that seen through a recipe (`augment.as_tested`). The model is moved to the
-    device and left in evaluation mode.
+    device and left in evaluation mode. Raises `ValueError` if the data has other classes than the model.
     """
     device = pick_device(device)
     batches = in_order(data, batch_size, device, workers=workers)
-    return _shares(_sums(model.to(device), batches), len(data))
+    return _shares(_sums(model.to(device), batches, data), len(data))
 
 
 def evaluate_together(model: nn.Module, data, engine: Engine, workers: int = 0) -> dict[str, float]:
     """The same, with the images spread over all processes of `engine`."""
-    return _shares(engine.total(_sums(model, in_order(data, 256, engine.device, engine.part, workers))), len(data))
+    batches = in_order(data, 256, engine.device, engine.part, workers)
+    return _shares(engine.total(_sums(model, batches, data)), len(data))
 
 
 @torch.no_grad()
-def _sums(model: nn.Module, batches) -> Tensor:
+def _sums(model: nn.Module, batches, data) -> Tensor:
     """Cross-entropies, right in one, right in five, summed over all images; on the CPU, in float64."""
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     for images, labels in batches:
         logits, labels = model(images).float().cpu(), labels.cpu()
+        if logits.shape[-1] != len(data.classes):
+            raise ValueError(f"{data.name} has {len(data.classes)} classes and the model {logits.shape[-1]}.")
         right = logits.topk(min(5, logits.shape[-1])).indices == labels.unsqueeze(-1)  # (n, 5), best guess first
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([loss.double(), right[:, 0].sum(), right.any(dim=-1).sum()])

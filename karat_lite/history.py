@@ -39,5 +39,9 @@ class History:
 
     @classmethod
     def load(cls, path: str | Path) -> "History":
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        """Read what `save` wrote. Raises `ValueError` that names the file where it is none."""
+        try:
+            rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no history of a training, or damaged ({error}).") from error
         return cls([row for row in rows if "epoch" in row], [row for row in rows if "step" in row])

@@ -1,6 +1,7 @@
 """What every notebook's first cells need: one set-up, and a check for exercises that never stops a run."""
 
 import random
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,10 +56,13 @@ def live(draw: Callable, every: int = 1, epochs: int | None = None) -> Callable:
         done = len(history.records)
         if done % every and done != epochs:
             return
-        if shown:
-            shown[0].update(draw(history))
+        figure = draw(history)
+        if shown and shown[0] is not None:
+            shown[0].update(figure)
         else:
-            shown.append(display(draw(history), display_id=True))
+            shown[:] = [display(figure, display_id=True)]  # outside a notebook there is nothing to replace
+        if "matplotlib.pyplot" in sys.modules:  # or it would show its own figures a second time
+            sys.modules["matplotlib.pyplot"].close(figure)
 
     return show
 

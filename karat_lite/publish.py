@@ -8,8 +8,10 @@ from pathlib import Path
 
 from .checkpoints import CHECKPOINTS, load_checkpoint, save_checkpoint, write_whole
 from .checks import run_command
-from .evaluation import evaluate, load_tested
-from .trajectory import FILE, TRAJECTORIES
+from .evaluation import evaluate, is_part_of, load_tested
+from .trajectory import FILE, TRAJECTORIES, load_trajectory
+
+ROUNDING = 0.01  # of accuracy: what half precision may change
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,14 +30,27 @@ def main(argv: list[str] | None = None) -> None:
     if Path(args.name).name != args.name or Path(args.name).suffix:
         raise ValueError(f"a checkpoint's name has no folder and no ending, got {args.name!r}.")
     model, card = load_checkpoint(args.run / "model.safetensors")
-    before = card["metrics"]["test_accuracy"]
+    before = card.get("metrics", {}).get("test_accuracy")
+    if before is None:
+        raise ValueError(f"the card of {args.run} tells no test accuracy: there is nothing to compare with.")
+    if not is_part_of(args.data, card):
+        raise ValueError(f"{args.run} was trained on {card.get('data')!r}, not on {args.data}: give its own --data.")
+    trajectory = load_trajectory(args.run / FILE).card if (args.run / FILE).is_file() else None
+    if trajectory is not None and any(trajectory.get(key) != card.get(key) for key in ("seed", "recipe", "config")):
+        raise ValueError(f"{args.run / FILE} is of another training than model.safetensors beside it: remove it.")
     model = model.half().float()
     found = evaluate(model, load_tested(args.data, model, card), args.device)
+    if abs(found["accuracy"] - before) > ROUNDING:
+        raise ValueError(
+            f"the rounded weights have {found['accuracy']:.2%} on {args.data}, and the card says {before:.2%}: "
+            "are these the pictures that it was tested on?"
+        )
     card["metrics"] |= {"test_loss": found["loss"], "test_accuracy": found["accuracy"], "test_top5": found["top5"]}
     path = save_checkpoint(CHECKPOINTS / f"{args.name}.safetensors", model.half(), {**card, "precision": "float16"})
     print(f"{path.name}: {found['accuracy']:.2%}, before rounding {before:.2%}, {path.stat().st_size / 1e6:.2f} MB")
-    if (args.run / FILE).is_file():
-        target = TRAJECTORIES / f"{args.name}.safetensors"
+    target = TRAJECTORIES / f"{args.name}.safetensors"
+    target.unlink(missing_ok=True)  # of an earlier checkpoint of this name
+    if trajectory is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, lambda temporary: temporary.write_bytes((args.run / FILE).read_bytes()))
         print(f"its trajectory: {target.stat().st_size / 1e6:.2f} MB")

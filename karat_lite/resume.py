@@ -31,7 +31,7 @@ def load_state(folder: Path, about: dict) -> dict | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         its = state["about"]
-    except (RuntimeError, EOFError, KeyError, OSError, ValueError, TypeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} is damaged ({first_line(error)}): this training cannot go on from it. Remove the file to start "
             f"again; the last epoch's weights are in {folder / 'model.safetensors'}."

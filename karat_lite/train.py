@@ -22,7 +22,7 @@ import torch
 from .analysis.cost import machine
 from .analysis.signal import signal_sizes
 from .augment import as_tested, in_order
-from .bases import BASE_ACTIVATIONS, available_bases
+from .bases import BASE_ACTIVATIONS, available_bases, make_basis
 from .checkpoints import write_whole
 from .checks import at_least, run_command
 from .data import NAMED
@@ -61,6 +61,11 @@ def main(argv: list[str] | None = None) -> None:
         if larger is not None:
             resize(model, larger)
 
+    names = {variant: f"{train_data.name}_{variant.replace(' ', '_')}_seed" for variant in variants}
+    if args.out is not None and not args.resume:
+        for name in (f"{name}{seed}" for name in names.values() for seed in args.seeds):
+            if (args.out / name / "resume.pt").exists():
+                raise ValueError(f"{args.out / name} holds a training: add --resume to go on, or give another --out.")
     results = {
         "command": command,
         "machine": machine(),
@@ -78,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         options["measure"] = _measure_signal(as_tested(test_data, recipe, size), args.device)
     for seed in args.seeds:
         for variant in variants:
-            name = f"{train_data.name}_{variant.replace(' ', '_')}_seed{seed}"
+            name = f"{names[variant]}{seed}"
             say(name)
             if (variant, seed) in there:
                 say("already in the results")
@@ -137,6 +142,10 @@ def _variants(args) -> dict[str, dict]:
             raise ValueError(
                 f"{', '.join(idle)}: for attention that learns ({', '.join(LEARNED)}), got {' '.join(args.attention)}."
             )
+    elif args.grid != (usual := _parser().get_default("grid")):
+        sizes = {name: {make_basis(name, grid).num_parameters for grid in (usual, usual + 1)} for name in args.basis}
+        if all(len(each) == 1 for each in sizes.values()):
+            raise ValueError(f"--grid {args.grid}: none of the bases {', '.join(sizes)} has a grid: leave it out.")
     found: dict[str, dict] = {}
     several = {name for name in ("basis", "order", "init", "rank", "mode", "depth") if len(getattr(args, name)) > 1}
     for attention in args.attention:
@@ -256,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="vit_pico", choices=list(SIZES))
     add("--depth", nargs="+", type=int, default=[None], help="blocks, in place of the model's")
     add("--mode", nargs="+", default=["blockwise"], choices=MODES)
-    add("--grid", type=int, default=3, help="G, harmonics of a unit")
+    add("--grid", type=int, default=3, help="G: harmonics, intervals or degrees of a unit, as its basis has them")
     add("--rank", nargs="+", type=int, default=[12], help="r, the units of an operator with a projector")
     add("--basis", nargs="+", default=["fourier"], choices=available_bases(), help="one run each")
     add("--order", nargs="+", default=["w_phi"], choices=[*ORDERS, "full"], help="one run each; 'full': no projector")

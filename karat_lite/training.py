@@ -101,8 +101,9 @@ def train(
     run.snapshots = snapshot_steps(snapshots, run.steps)
     if resume and (state := load_state(out, run.about())):
         run.load(state)
-    elif snapshots and engine.first:
-        remove_snapshots(out)
+    elif out and engine.first:
+        remove_snapshots(out)  # of another training that was here
+        (out / FILE).unlink(missing_ok=True)
     before = (run.epoch * run.per_epoch + run.done) * recipe.batch_size
     bar = progress_bar(run.steps * recipe.batch_size, before, progress and engine.first)
     try:
@@ -168,7 +169,8 @@ class _Training:
             self._snapshot(at + 1)
             bar.update(len(images) * self.engine.part[1])
             self.seconds = earlier + time.perf_counter() - started
-            if self.out and time.perf_counter() - saved > 60 * self.save_minutes and self.done < self.per_epoch:
+            due = self.out and self.engine.first and time.perf_counter() - saved > 60 * self.save_minutes
+            if due and self.done < self.per_epoch:  # by the clock of one process: the others meet it in the next step
                 # Nothing is kept from which a training could only fail again: a norm that is not finite, and no scaler
                 # to leave its step out, has spoilt the weights already.
                 if not self.sums[0].isfinite() or not (norm.isfinite() or self.engine.scales):
@@ -238,22 +240,21 @@ class _Training:
         return {**card, "recipe": dataclasses.asdict(self.recipe), **self.more}
 
     def save(self) -> None:
-        """resume.pt: everything from which this training goes on."""
-        self.engine.wait()
-        if self.engine.first:
-            state = {"about": self.about(), "epoch": self.epoch, "done": self.done, "seconds": self.seconds}
-            state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
-            state["average"] = None if self.average is None else self.average.state_dict()
-            state |= {"records": self.history.records, "steps": self.history.steps, **self.engine.state()}
-            save_state(self.out, state)
+        """resume.pt: everything from which this training goes on. The first process's state is everyone's."""
+        state = {"about": self.about(), "epoch": self.epoch, "done": self.done, "seconds": self.seconds}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
+        state["average"] = None if self.average is None else self.average.state_dict()
+        state |= {"records": self.history.records, "steps": self.history.steps, **self.engine.state()}
+        save_state(self.out, state)
 
     def keep(self) -> None:
         """After an epoch: the state first, then what is made from it."""
         if self.out is None:
             return
-        self.save()
         if self.engine.first:
+            self.save()
             self.publish()
+        self.engine.wait()  # what the first has written, all can read
 
     def publish(self) -> None:
         """The files that others read."""
@@ -279,13 +280,17 @@ class _Training:
         self.engine.load(state)
         self.history = History(state["records"], state["steps"])
         self.epoch, self.done, self.seconds = state["epoch"], state["done"], state["seconds"]
-        if self.epoch and self.engine.first:
+        if self.epoch and not self.done and self.engine.first:
             self.publish()  # an interruption may have fallen between the state and these
 
     def _log(self, step: int, rate: float, loss: Tensor, norm: Tensor) -> None:
         record = {"step": step, "lr": rate, "loss": self.engine.mean(loss), "grad_norm": norm.item()}
         if self.measure is not None:
-            record |= self.measure(self.model.eval())
+            found = self.measure(self.model.eval())
+            try:
+                record |= json.loads(json.dumps(found))  # to JSON NumPy's numbers are floats, resume.pt refuses them
+            except TypeError as error:
+                raise TypeError(f"measure must return what JSON can say, got {found!r} ({error}).") from error
             self.model.train()
         self.history.steps.append(record)
 

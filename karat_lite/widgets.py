@@ -8,6 +8,7 @@
 import base64
 import inspect
 import io
+import sys
 import threading
 from collections.abc import Callable
 from decimal import Decimal
@@ -48,6 +49,8 @@ def render(figure: Figure) -> bytes:
     png = io.BytesIO()
     # Opaque, whatever the figure's style; the light compression is quicker and costs a few kilobytes.
     figure.savefig(png, format="png", dpi=SHARPNESS * figure.dpi, facecolor="white", pil_kwargs={"compress_level": 3})
+    if "matplotlib.pyplot" in sys.modules:  # it would keep its own figures, and show them a second time
+        sys.modules["matplotlib.pyplot"].close(figure)
     return png.getvalue()
 
 

@@ -107,7 +107,7 @@ def each(paths, work, jobs: int = 1) -> list[Run]:
 
 
 def build(names, out: Path, jobs: int = 1) -> None:
-    """Every notebook in the smoke profile, an HTML page each, and an index that is written when all went well."""
+    """Notebooks in the smoke profile, an HTML page each; an index when all of them were run, and went well."""
     import pages
 
     out.mkdir(parents=True, exist_ok=True)
@@ -124,8 +124,10 @@ def build(names, out: Path, jobs: int = 1) -> None:
                 pages.page(nbformat.read(run.out, as_version=4), out / f"{path.stem}.html")
         return run
 
-    pages.index(each(chosen(names), work, jobs), out / "index.html")
-    print(f"Open {out / 'index.html'}")
+    runs = each(chosen(names), work, jobs)
+    if not names:
+        pages.index(runs, out / "index.html")
+    print(f"Open {out / ('index.html' if not names else f'{runs[0].out.stem}.html')}")
 
 
 def commit(names) -> None:
@@ -133,10 +135,13 @@ def commit(names) -> None:
     address()
 
     def work(path):
+        source = nbformat.read(path, as_version=4)
+        before = hygiene.fingerprint(source)
         with tempfile.TemporaryDirectory() as folder:
             run = execute(path, Path(folder) / path.name, "reader")  # nothing injected: reader is what the cell says
+            if nbformat.read(path, as_version=4) != source or hygiene.fingerprint(source) != before:
+                run.problems.append("the notebook or the package was edited during the run: run it again")
             if not run.problems:
-                source = nbformat.read(path, as_version=4)
                 nb = hygiene.committed(source, nbformat.read(run.out, as_version=4))
                 part = path.with_name(f".{path.name}.part")
                 try:

@@ -59,6 +59,13 @@ def taken(tree: ast.Module, folder: str = "", alias: str = "") -> set[str]:
     return names
 
 
+def registers_with(tree: ast.Module) -> set[str]:
+    """The decorators register_... of its classes: whoever uses the register may get one of them by its name."""
+    calls = [call.func for node in tree.body if isinstance(node, ast.ClassDef) for call in node.decorator_list
+             if isinstance(call, ast.Call)]  # fmt: skip
+    return {call.id for call in calls if isinstance(call, ast.Name) and call.id.startswith("register_")}
+
+
 def modules_used(source: str) -> list[str]:
     """The package's modules that notebook code uses, and those that these use in turn."""
     files = modules()
@@ -71,6 +78,7 @@ def modules_used(source: str) -> list[str]:
         owners = {owner for owner in (name, name.rpartition(".")[0]) if owner in trees} or homes.get(name, set())
         for module in owners - used:
             used.add(module)
+            todo |= {other for other, tree in trees.items() if defined(trees[module]) & registers_with(tree)}
             is_package = files[module].name == "__init__.py"
             todo |= taken(trees[module], module if is_package else module.rpartition(".")[0])
     return sorted(used)

@@ -136,7 +136,7 @@ def tidy_outputs(outputs) -> list:
                 continue
             errors = out if out.name == "stderr" else errors
         elif VIEW in out.get("data", {}):
-            if re.match(r"\s*\d+%\|", out.data.get("text/plain", "")):  # a progress bar, drawn before it moved
+            if re.match(r"([^|%]*:)?\s*\d+%\|", out.data.get("text/plain", "")):  # a bar, drawn before it moved
                 continue
             out.data = {mime: data for mime, data in out.data.items() if mime.startswith("image/")}
             out.data["text/plain"] = "(interactive: run this cell to move its controls)"

@@ -15,20 +15,29 @@ class Mirror:
     asked: list = field(default_factory=list)
 
 
-def sends(upto=None, ranges=True, stall=False):
-    """An act: answer with the file, or what is asked of it; break off (or fall silent) after `upto` bytes."""
+def sends(upto=None, ranges=True, stall=False, capped=None, length=True, kind=None, other=None):
+    """An act: answer with the file, or what is asked of it; break off (or fall silent) after `upto` bytes.
+
+    capped: bring so many bytes at a time and say so; length: say how many come; kind: the Content-Type; other: bytes to
+    send in place of the file.
+    """
 
     def act(handler, body, over):
+        body = body if other is None else other
         wanted = handler.headers["Range"] if ranges else None
         start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
         if start >= len(body):
             return refuses(416)(handler, body, over)
-        handler.send_response(206 if wanted else 200)
-        if wanted:
-            handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        handler.send_header("Content-Length", str(len(body) - start))
+        handler.send_response(206 if wanted or capped else 200)
+        sent = body[start:][:capped]
+        if wanted or capped:
+            handler.send_header("Content-Range", f"bytes {start}-{start + len(sent) - 1}/{len(body)}")
+        if kind:
+            handler.send_header("Content-Type", kind)
+        if length:
+            handler.send_header("Content-Length", str(len(sent)))
         handler.end_headers()
-        handler.wfile.write(body[start:][:upto])
+        handler.wfile.write(sent[:upto])
         handler.wfile.flush()
         if stall:
             over.wait(30)

@@ -1,5 +1,6 @@
 """Batches: which images, in which order, how changed; the same with workers, from the middle, and in parts."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -166,6 +167,16 @@ def test_test_pictures_against_resize_and_crop_by_hand():
     left = round((53 - 48) / 2)
     by_hand = np.asarray(picture.crop((left, left, left + 48, left + 48)), dtype=np.float32) / 127.5 - 1
     assert np.abs(seen[0].permute(1, 2, 0).numpy() - by_hand).max() < 1e-5
+
+
+@pytest.mark.parametrize("policy", ["v0", "original-mstd0.5", "augmix-m5"])
+def test_other_policies_of_timm_work_too(policy, shapes):
+    _, _, colours, *_ = timm_transform(dataclasses.replace(SINGLE, auto_augment=policy), 32, training=True).transforms
+    ops = colours.ops if hasattr(colours, "ops") else [op for pair in colours.policy for op in pair]
+    for op in ops:
+        op.prob = 1.0
+        with seeded(0):
+            assert op(shapes.picture(0)).size == (32, 32), op.name
 
 
 def test_every_change_of_colour_works_at_full_strength(shapes):

@@ -198,12 +198,13 @@ os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *sys.argv[
 
 
 def test_outputs_are_tidied():
-    bar = display(text_plain="  0%|          | 0/9")
+    bar, named = (display(text_plain=words + "  0%|          | 0/9") for words in ("", "loss:"))
     png = as_base64(Image.new("RGB", (2, 2)))
     widget = display(text_plain="VBox(children=())", image_png=png)
-    bar.data[hygiene.VIEW] = widget.data[hygiene.VIEW] = {"model_id": "a"}
+    bar.data[hygiene.VIEW] = named.data[hygiene.VIEW] = widget.data[hygiene.VIEW] = {"model_id": "a"}
     outputs = [
-        stream("\r 10%|#\r100%|##########\n"), stream("done in " + str(hygiene.ROOT / "data") + "\n"), bar, widget,
+        stream("\r 10%|#\r100%|##########\n"), stream("done in " + str(hygiene.ROOT / "data") + "\n"), bar, named,
+        widget,
         stream("one ", "stderr"), display(text_plain="figure"), stream("two", "stderr"), stream("\r        \r"),
     ]  # fmt: skip
     kept = hygiene.tidy_outputs(outputs)
@@ -249,14 +250,15 @@ def test_fingerprint_follows_the_code_and_nothing_else(tmp_path, monkeypatch):
     files = {
         "__init__": "from .vit import create_model\n",
         "vit": "from . import bases\ndef create_model():\n    from .shapes import draw\n",
-        "bases": "", "shapes": "", "plots": "from .bases import x\n", "train": "",
+        "bases": "def register_basis(name): ...\n", "more": "@register_basis('dog')\nclass Dog: ...\n",
+        "shapes": "", "plots": "from .bases import x\n", "train": "",
     }  # fmt: skip
     for name, text in files.items():
         (package / f"{name}.py").write_text(text)
     monkeypatch.setattr(fingerprint, "PACKAGE", package)
-    assert fingerprint.modules_used("kl.create_model()") == ["bases", "shapes", "vit"]
-    assert fingerprint.modules_used("%time\nkl.plots.curve(1)") == ["bases", "plots"]
-    assert fingerprint.modules_used("from karat_lite import plots") == ["bases", "plots"]
+    assert fingerprint.modules_used("kl.create_model()") == ["bases", "more", "shapes", "vit"]
+    assert fingerprint.modules_used("%time\nkl.plots.curve(1)") == ["bases", "more", "plots"]
+    assert fingerprint.modules_used("from karat_lite import plots") == ["bases", "more", "plots"]
     assert fingerprint.modules_used("from karat_lite.train import main") == ["train"]
 
     def renewed(*cells):
@@ -269,6 +271,39 @@ def test_fingerprint_follows_the_code_and_nothing_else(tmp_path, monkeypatch):
     assert renewed(code("kl.create_model()")) == first
     (package / "shapes.py").write_text("# used inside a function")
     assert renewed(code("kl.create_model()")) != first
+
+
+def test_committing_replaces_a_notebook_by_a_run_of_it_or_leaves_it(tmp_path, monkeypatch):
+    """A cell that raises, and an edit while it runs: not a byte changes. Then `stale` tells an edited cell."""
+    path = tmp_path / "00_sample.ipynb"
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    monkeypatch.setattr(build, "address", lambda: None)
+
+    def ran(*outputs, meanwhile=None):
+        def execute(source, out, profile):
+            nb = nbformat.read(source, as_version=4)
+            nb.cells[-1].outputs = list(outputs)
+            nbformat.write(nb, out)
+            if meanwhile:
+                nbformat.write(meanwhile, path)
+            return build.Run(source.stem, out, profile, problems=list(hygiene.failures(nb)))
+
+        monkeypatch.setattr(build, "execute", execute)
+        build.commit(())
+
+    nbformat.write(notebook(code("print(1)")), path)
+    before = path.read_bytes()
+    assert hygiene.stale(path), "never run"
+    with pytest.raises(SystemExit, match="ZeroDivisionError"):
+        ran(new_output("error", ename="ZeroDivisionError", evalue="x"))
+    assert path.read_bytes() == before
+    ran(stream("1\n"))
+    assert nbformat.read(path, as_version=4).cells[-1].outputs[0].text == "1\n" and not hygiene.stale(path)
+    edited = notebook(code("print(2)"), code("3"))
+    with pytest.raises(SystemExit, match="edited during the run: run it again"):
+        ran(stream("1\n"), meanwhile=edited)
+    assert nbformat.read(path, as_version=4).cells[-1].outputs == [] and hygiene.stale(path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name], "a part was left"
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 import karat_lite as kl
 from karat_lite import checkpoints
+from karat_lite.trajectory import pack_snapshots, save_snapshot
 
 
 def pico(attention="karat", seed=0, **options):
@@ -184,8 +185,30 @@ def test_a_card_that_json_cannot_say_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_save_leaves_two_files(saved):
+def test_a_save_leaves_two_files_for_whoever_may_read_here(saved):
     assert sorted(file.name for file in saved.parent.iterdir()) == ["model.json", "model.safetensors"]
+    (plain := saved.with_name("plain")).touch()
+    assert {file.stat().st_mode for file in saved.parent.iterdir()} == {plain.stat().st_mode}
+    plain.unlink()
+    saved.chmod(0o640)
+    kl.save_checkpoint(saved, kl.load_checkpoint(saved)[0])
+    assert saved.stat().st_mode & 0o777 == 0o640, "as it was before"
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("{}", "names no configuration of a model"),
+        ("[]", "names no configuration of a model"),
+        ('{"config": {}, "steps": [0, 1]}', "the weights of many steps: load it with load_trajectory"),
+    ],
+)
+def test_a_card_of_something_else_is_refused(text, told, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"karat_lite": text})
+    with pytest.raises(ValueError, match=told):
+        kl.load_checkpoint(tmp_path / "odd.safetensors")
 
 
 # ---- the committed ones ---------------------------------------------------------------------------------------------
@@ -253,6 +276,18 @@ def test_check_says_what_it_cannot_compare(tmp_path, capsys):
     path = str(kl.save_checkpoint(tmp_path / "bare.safetensors", pico(), {}))
     with pytest.raises(ValueError, match="the card of .*bare.safetensors tells no test accuracy"):
         check.main(["--data", "digits", "--device", "cpu", path])
+    card = {"recipe": "small", "metrics": {"test_accuracy": 0.5}}
+    path = str(kl.save_checkpoint(tmp_path / "named.safetensors", pico(), card))
+    with pytest.raises(ValueError, match="recipe is 'small' in place of its settings"):
+        check.main(["--data", "digits", "--device", "cpu", path])
+    with pytest.raises(SystemExit, match="no card of a committed checkpoint names my-digits: name those to check"):
+        check.main(["--data", "my-digits"])
+
+
+def test_data_of_other_classes_is_refused(tmp_path):
+    model = pico(num_classes=4)
+    with pytest.raises(ValueError, match="digits has 10 classes and the model 4"):
+        kl.evaluate(model, kl.load_dataset("digits", "test", limit=8), "cpu")
 
 
 # ---- the command that makes a training a committed checkpoint -------------------------------------------------------
@@ -265,13 +300,16 @@ def test_a_training_is_published_in_half_precision_with_its_own_accuracy(tmp_pat
     model, card = kl.load_checkpoint("digits_karat")
     with torch.no_grad():
         model.head.weight.add_(1e-5)  # not a number of half precision
-    kl.save_checkpoint(tmp_path / "run" / "model.safetensors", model, {**card, "metrics": {"test_accuracy": 0.5}})
-    (tmp_path / "run" / "trajectory.safetensors").write_bytes(b"the path")
+    run, accuracy = tmp_path / "run", card["metrics"]["test_accuracy"]
+    kl.save_checkpoint(run / "model.safetensors", model, card)
+    save_snapshot(run, model, 0)
+    pack_snapshots(run, {0}, card, model.config)
+    path = (run / "trajectory.safetensors").read_bytes()
     monkeypatch.setattr(checkpoints, "CHECKPOINTS", tmp_path / "kept")
     monkeypatch.setattr(publish, "CHECKPOINTS", tmp_path / "kept")
     monkeypatch.setattr(publish, "TRAJECTORIES", tmp_path / "paths")
     publish.main([str(tmp_path / "run"), "mine", "--data", "digits", "--device", "cpu"])
-    assert "before rounding 50.00%" in capsys.readouterr().out
+    assert f"before rounding {accuracy:.2%}" in capsys.readouterr().out
     rounded, card = kl.load_checkpoint("mine")
     assert rounded.head.weight.dtype == torch.float32 and card["precision"] == "float16"
     for name, value in model.named_parameters():
@@ -280,6 +318,31 @@ def test_a_training_is_published_in_half_precision_with_its_own_accuracy(tmp_pat
     assert card["metrics"]["test_accuracy"] == score["accuracy"] and card["metrics"]["test_loss"] == score["loss"]
     size = (tmp_path / "kept" / "mine.safetensors").stat().st_size
     assert size < 0.55 * (tmp_path / "run" / "model.safetensors").stat().st_size
-    assert (tmp_path / "paths" / "mine.safetensors").read_bytes() == b"the path"
+    assert (tmp_path / "paths" / "mine.safetensors").read_bytes() == path
     with pytest.raises(ValueError, match="has no folder and no ending, got 'a/b'"):
-        publish.main([str(tmp_path / "run"), "a/b", "--data", "digits"])
+        publish.main([str(run), "a/b", "--data", "digits"])
+    (run / "trajectory.safetensors").unlink()
+    publish.main([str(run), "mine", "--data", "digits", "--device", "cpu"])
+    assert not list((tmp_path / "paths").iterdir()), "the path of another training of this name"
+
+
+@pytest.mark.parametrize(
+    "card, options, told",
+    [
+        ({}, "--data shapes", "was trained on 'digits', not on shapes: give its own --data"),
+        ({"metrics": {}}, "--data digits", "the card of .* tells no test accuracy"),
+        ({"metrics": {"test_accuracy": 0.5}}, "--data digits", "on digits, and the card says 50.00%: are these the"),
+        ({"seed": 7}, "--data digits", "trajectory.safetensors is of another training than model.safetensors"),
+    ],
+)
+def test_what_is_published_must_be_what_its_card_says(card, options, told, tmp_path, monkeypatch):
+    from karat_lite import publish
+
+    model, own = kl.load_checkpoint("digits_karat")
+    save_snapshot(tmp_path, model, 0)
+    pack_snapshots(tmp_path, {0}, own, model.config)
+    kl.save_checkpoint(tmp_path / "model.safetensors", model, {**own, **card})
+    monkeypatch.setattr(publish, "CHECKPOINTS", tmp_path / "kept")
+    with pytest.raises(ValueError, match=told):
+        publish.main([str(tmp_path), "mine", *options.split(), "--device", "cpu"])
+    assert not (tmp_path / "kept").exists()

@@ -1,6 +1,7 @@
 """Datasets: the same images every time, parts kept apart, values in the models' range; and one's own folders."""
 
 import hashlib
+import itertools
 from collections import Counter
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import karat_lite as kl
-from karat_lite.data import normalise, to_unit
+from karat_lite.data import normalise, read_image, to_unit
 
 
 def rows(images) -> Counter:
@@ -150,3 +151,48 @@ def test_grey_pictures_of_sixteen_bits_keep_their_shades(tmp_path):
     Image.fromarray(shades.astype("float32")).save(root / "test" / "red" / "1.tiff")
     with pytest.raises(ValueError, match="cannot read the image .*1.tiff .*mode F: save it with 8 or 16 bits"):
         kl.load_dataset(root, "test")
+
+
+def test_pictures_are_upright_and_what_is_transparent_is_white(tmp_path):
+    """A phone's picture lies on its side with a note; an icon is black on nothing."""
+    picture = Image.new("RGB", (16, 8), "black")
+    picture.paste("red", (0, 0, 8, 8))
+    note = Image.Exif()
+    note[0x0112] = 6  # to be turned by 90 degrees: what is left comes to the top
+    picture.save(tmp_path / "phone.png", exif=note)
+    upright = read_image(tmp_path / "phone.png")
+    assert upright.size == (8, 16)
+    assert upright.getpixel((4, 2)) == (255, 0, 0) and upright.getpixel((4, 12)) == (0, 0, 0)
+    icon = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    icon.putpixel((1, 1), (0, 0, 0, 255))
+    icon.save(tmp_path / "icon.png")
+    icon.quantize(4).save(tmp_path / "icon.gif", transparency=icon.quantize(4).getpixel((0, 0)))
+    for name in ("icon.png", "icon.gif"):
+        seen = read_image(tmp_path / name)
+        assert seen.mode == "RGB" and seen.getpixel((0, 0)) == (255, 255, 255) and seen.getpixel((1, 1)) == (0, 0, 0)
+
+
+def test_every_picture_that_pillow_reads_counts_and_nothing_else(tmp_path):
+    for part, one in itertools.product(("train", "test"), ("a", "b")):
+        folder = tmp_path / part / one
+        folder.mkdir(parents=True)
+        for ending in ("png", "gif", "jfif", "webp"):
+            Image.new("RGB", (8, 8)).save(folder / f"x.{ending}")
+        (folder / "trip.jpg").mkdir()
+        (folder / "notes.txt").write_text("no picture")
+    assert len(kl.load_dataset(tmp_path, "train")) == 8
+
+
+def test_a_folder_has_a_name_however_it_is_written(tmp_path, monkeypatch):
+    write_folder(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert kl.load_dataset(".", "train").name == "mine"
+    monkeypatch.chdir(tmp_path / "mine" / "train")
+    assert kl.load_dataset("..", "train").name == "mine"
+
+
+def test_a_picture_too_large_to_be_one_is_named(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="cannot read the image .*huge.png .*remove it or put a whole one"):
+        read_image(tmp_path / "huge.png")

@@ -171,6 +171,48 @@ def test_a_silent_connection_is_continued(path):
     assert mirror.asked == [None, "bytes=70000-"]
 
 
+def test_an_answer_that_brings_less_than_asked_is_continued(path):
+    with serving(FILE, sends(capped=50_000)) as mirror:
+        got(path, mirror.url)
+    assert mirror.asked == [None, "bytes=50000-", "bytes=100000-", "bytes=150000-"]
+
+
+def test_without_a_length_the_digest_says_whether_it_is_all(path):
+    with serving(FILE, sends(70_000, length=False), sends(length=False)) as mirror:
+        got(path, mirror.url)
+    assert mirror.asked == [None, "bytes=70000-"]
+
+
+PART = FILE[:190_000]
+
+
+@pytest.mark.parametrize(
+    "act, said",
+    [
+        (sends(ranges=False, kind="text/html", other=b"<p>Log in first</p>"), "a web page in place of the file"),
+        (sends(other=FILE[:100_000]), "these are other bytes"),
+        (sends(ranges=False, other=OTHER), "these are other bytes"),
+        (sends(10_000, ranges=False), "the connection closed after 10,000 of 200,000 bytes"),
+    ],
+    ids=["login", "cut file", "other file", "breaks off"],
+)
+def test_a_bad_mirror_takes_nothing_away(path, act, said):
+    part = part_of(path, PART)
+    with serving(FILE, act) as bad, serving(FILE) as good:
+        assert said in failed(path, bad.url)
+        assert part.read_bytes() == PART and [file.name for file in part.parent.iterdir()] == [part.name]
+        got(path, bad.url, good.url)
+    assert good.asked == ["bytes=190000-"]
+
+
+def test_what_a_killed_process_had_begun_anew_is_used(path):
+    anew = part_of(path, FILE[:1000]).with_name("file.bin.part.new")
+    anew.write_bytes(FILE[:5000])
+    with serving(FILE) as mirror:
+        got(path, mirror.url)
+    assert mirror.asked == ["bytes=5000-"]
+
+
 # ---- servers that will not do ---------------------------------------------------------------------------------------
 
 

@@ -131,3 +131,17 @@ def test_live_figures_need_a_number_of_epochs():
         notebook.live(print, every=0)
     with pytest.raises(ValueError, match="epochs must be >= 1, got 0"):
         notebook.live(print, epochs=0)
+
+
+def test_live_works_outside_a_notebook_and_with_pyplot(monkeypatch):
+    """There display has no handle to replace a figure by; pyplot would keep every figure, and show it again."""
+    import IPython.display
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(IPython.display, "display", lambda *args, **options: shown.append(args))
+    shown, history = [], kl.History()
+    show = notebook.live(lambda history: pyplot.subplots()[0])
+    for epoch in (1, 2):
+        history.records.append({"epoch": epoch})
+        show(history)
+    assert len(shown) == 2 and pyplot.get_fignums() == []

@@ -110,6 +110,9 @@ def test_paper_targets(monkeypatch):
         blended = (mixed.abs() < 0.999).any()  # mixup makes values between; cutmix moves whole pixels
         kinds.append("mixup" if blended else "cutmix")
         assert torch.allclose(targets.sum(dim=1), torch.ones(4)) and targets.min() == pytest.approx(0.01)
+        own = (mixed.mean(dim=(1, 2, 3)) * torch.tensor([-1, -1, 1, 1]) + 1) / 2  # the share of its own label's pixels
+        share = targets[torch.arange(4), labels]
+        assert torch.allclose(share, 0.01 + 0.9 * own, atol=1e-4), "an image and its target are mixed alike"
     assert 70 <= kinds.count("mixup") <= 130
     args, options = built[0]
     assert args == (0.8, 1.0)

@@ -7,6 +7,7 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -150,6 +151,38 @@ def test_what_an_interruption_left_unwritten_is_written_at_once(whole, tmp_path)
     assert (tmp_path / "history.jsonl").read_text() == (whole / "history.jsonl").read_text()
 
 
+def test_within_an_epoch_the_files_stay_those_of_the_last_whole_one(whole, tmp_path):
+    """Killed within an epoch, gone on, killed at the next step: the card still describes the weights beside it."""
+
+    class Stop(Exception):
+        pass
+
+    def stop_at(step):
+        def measure(model):
+            steps.append(0)
+            if len(steps) == step:
+                raise Stop
+            return {"size": np.mean([1.0, 2.0])}
+
+        steps = []
+        with pytest.raises(Stop):
+            training(tmp_path, snapshots=0, log_every=1, measure=measure)
+
+    stop_at(14)
+    before = weights(tmp_path), weights(tmp_path, "average")
+    stop_at(2)
+    state = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert (state["epoch"], state["done"]) == (1, 4) and state["steps"][0]["size"] == 1.5
+    assert torch.equal(before[0], weights(tmp_path)) and torch.equal(before[1], weights(tmp_path, "average"))
+    model, card = kl.load_checkpoint(tmp_path / "model.safetensors")
+    assert kl.evaluate(model, digits()[1], "cpu")["loss"] == pytest.approx(card["metrics"]["test_loss"], rel=1e-5)
+
+
+def test_what_json_cannot_say_is_told_at_the_first_step(tmp_path):
+    with pytest.raises(TypeError, match="measure must return what JSON can say, got {'x': tensor"):
+        training(tmp_path, snapshots=0, log_every=1, measure=lambda model: {"x": torch.tensor(1.0)})
+
+
 def test_leftovers_of_killed_writers_are_removed(tmp_path):
     (tmp_path / ".model.safetensors.99999.part").write_bytes(b"half")
     training(tmp_path, dataclasses.replace(RECIPE, epochs=1), snapshots=0)
@@ -157,9 +190,12 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
 
 
 def test_without_resume_a_training_starts_anew(whole, tmp_path):
-    (tmp_path / "resume.pt").write_bytes((whole / "resume.pt").read_bytes())
-    history = training(tmp_path, dataclasses.replace(RECIPE, epochs=1), resume=False, snapshots=0)
-    assert len(history.records) == 1
+    for name in ("resume.pt", "trajectory.safetensors"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    stale = []
+    options = dict(resume=False, on_epoch=lambda history: stale.append((tmp_path / "trajectory.safetensors").exists()))
+    history = training(tmp_path, dataclasses.replace(RECIPE, epochs=1), snapshots=2, **options)
+    assert len(history.records) == 1 and stale == [False], "another training's path stood beside this one"
 
 
 def test_dropout_goes_on_with_the_same_random_numbers(tmp_path):

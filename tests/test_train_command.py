@@ -180,11 +180,22 @@ TOLD_EARLY = {
     "--log-every -1": "--log-every must be >= 0, got -1",
     "--save-minutes -1": "save_minutes must be >= 0 .*, got -1",
     "--attention softmax --rank 4 --init paper": "--rank, --init: for attention that learns .*, got softmax",
+    "--attention karat --basis dog rational --grid 7": "--grid 7: none of the bases dog, rational has a grid",
     "--precision float16 --device cpu": "float16 is for GPUs, .*: take bfloat16 or float32",
     "--recipe paper --auto-augment nonsense": "timm cannot read auto_augment = 'nonsense'",
     "--ema 0": r"recipe's ema must be in \(0, 1\), or None, got 0.0",
     "--device tpu": "unknown device .*'tpu'",
 }
+
+
+def test_a_training_that_is_there_is_not_begun_anew(tmp_path):
+    """The folder's name does not say every option: another command would take its place."""
+    command_line(*QUICK, "--attention", "karat", "--out", tmp_path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "digits_karat_seed0").iterdir()}
+    with pytest.raises(ValueError, match="digits_karat_seed0 holds a training: add --resume to go on, or give another"):
+        command_line(*QUICK, "--attention", "softmax", "karat", "--rank", "4", "--out", tmp_path)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "digits_karat_seed0").iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["digits_karat_seed0"]
 
 
 @pytest.mark.parametrize("options", TOLD_EARLY)

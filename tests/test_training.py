@@ -64,6 +64,12 @@ def test_a_training_learns_and_writes_its_history(attention, digits, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 
+def test_a_damaged_history_is_named(tmp_path):
+    (tmp_path / "history.jsonl").write_text('{"epoch": 1}\n{"epo')
+    with pytest.raises(ValueError, match="history.jsonl is no history of a training, or damaged"):
+        History.load(tmp_path / "history.jsonl")
+
+
 def test_an_unknown_history_column_is_named(digits):
     history = train(pico(), digits, dataclasses.replace(QUICK, epochs=1))
     with pytest.raises(ValueError, match="unknown history column 'test_acuracy': did you mean 'test_accuracy'"):

@@ -82,6 +82,15 @@ def test_a_callback_that_returns_no_figure_is_told():
     assert "got str" in explorer.error.value
 
 
+def test_pyplot_keeps_none_of_the_figures():
+    """It would show each a second time at the end of the cell, and hold it for ever."""
+    from matplotlib import pyplot
+
+    explorer = widgets.explore(lambda i=0: pyplot.subplots()[0], i=range(3))
+    explorer.set(i=2)
+    assert pyplot.get_fignums() == [] and explorer.error.value == ""
+
+
 def test_set_moves_several_controls_and_draws_once():
     calls = []
 
