@@ -36,8 +36,8 @@ def function_wall(learned, shown: int = 3) -> Figure:
     """All functions of a model, a row for each layer and a panel for each head, over the scores that the head sees.
 
     learned: `analysis.functions.learned`. Bands hold 50 % and 90 % of a head's functions at each score, thin lines are
-    `shown` of them, cut off where they leave the panel. Each panel has a score axis of its own; the vertical one is
-    the same for all.
+    `shown` of them, cut off where they leave the panel: it holds all of them unless the bands would be less than two
+    fifths of it. Each panel has a score axis of its own; the vertical one is the same for all.
     """
     x, functions = as_array("x", learned.x, 3), as_array("functions", learned.functions, 5)
     layers, heads = functions.shape[:2]
@@ -46,7 +46,8 @@ def function_wall(learned, shown: int = 3) -> Figure:
     lines = functions.reshape(layers, heads, -1, functions.shape[-1])
     bands = np.quantile(lines, (0.05, 0.25, 0.75, 0.95), axis=2)  # (4, L, h, n)
     some = np.linspace(0, lines.shape[2] - 1, min(at_least("shown", shown, 1), lines.shape[2])).round().astype(int)
-    reach = 1.6 * np.abs(bands[[0, 3]]).max() or 1.0
+    widest, farthest = np.abs(bands[[0, 3]]).max(), np.abs(lines[:, :, some]).max()
+    reach = max(1.6 * widest, min(1.05 * farthest, 2.5 * widest)) or 1.0
     for i, axes in enumerate(panels):
         layer, head = divmod(i, heads)
         at, of_head = x[layer, head], bands[:, layer, head]

@@ -115,7 +115,8 @@ def test_weights_of_a_grid_are_its_share_of_scores():
     shares[0, 0] = [0.1, 0.2, 0.3, 0.4]
     flat = np.zeros((1, 1))
     scores = fn.Scores(np.array([0.0, 1, 2, 3, 4]), shares, flat, flat, flat, flat)
-    assert np.allclose(scores.weights([0.4, 1.7, 3.4], 0, 0), [0.1, 0.5, 0.4]), "2.5 is nearer to 1.7 than to 3.4"
+    x = [0.4, 1.7, 3.4]  # the middles between them: 1.05 and 2.55
+    assert np.allclose(scores.weights(x, 0, 0), [0.1 + 0.05 * 0.2, 0.95 * 0.2 + 0.55 * 0.3, 0.45 * 0.3 + 0.4])
     grid = np.linspace(-20, 20, 4001)
     found = fn.scores_seen(made(), images())
     weights = found.weights(grid, 1, 2)

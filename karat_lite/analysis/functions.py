@@ -97,11 +97,11 @@ class Scores(NamedTuple):
     def weights(self, x, layer: int, head: int) -> np.ndarray:
         """The histogram of a head as weights (n,) of rising points x, sum 1: a mean over x is then one over its scores.
 
-        Each bin's share goes to the point that is nearest to its middle.
+        Each point takes what lies between it and the middles to its neighbours, of a bin its part.
         """
-        middle, x = (self.edges[1:] + self.edges[:-1]) / 2, np.asarray(x, dtype=float)
-        nearest = np.searchsorted((x[1:] + x[:-1]) / 2, middle)
-        return np.bincount(nearest, weights=self.shares[layer, head], minlength=len(x))
+        x = np.asarray(x, dtype=float)
+        cells = np.r_[-np.inf, (x[1:] + x[:-1]) / 2, np.inf]
+        return np.diff(np.interp(cells, self.edges, np.r_[0.0, np.cumsum(self.shares[layer, head])]))
 
 
 @torch.no_grad()
