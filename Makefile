@@ -17,7 +17,7 @@ help:
 	@echo "make lab         install, open JupyterLab in notebooks/ (ARGS='--no-browser --port 8899')"
 	@echo "make test        install, run every test (ARGS='-k fourier')"
 	@echo "make train       install, train twins (ARGS='--data digits --out runs --resume'; ARGS=--help lists all options)"
-	@echo "make check-cifar DATA=...  test the committed CIFAR-10 checkpoints on an image folder of its test pictures"
+	@echo "make check-cifar DATA=...  test the committed CIFAR-10 checkpoints on an image folder with test/<class>/ in it"
 	@echo "make bench       measure time and memory beside softmax on the CPU (5 minutes; pause whatever else runs)"
 	@echo "make bench-gpu   the same on one GPU (8 minutes); both write data/results/bench_*.json and a figure"
 	@echo "make notebooks   run the notebooks in the reader profile and write their outputs into them (minutes)"

@@ -40,7 +40,7 @@ def surface(
     grids, scale = _checked(landscapes, paths, bounds)
     columns = len(grids)
     wide = min(4.6, 8.1 / columns)
-    figure, places = layout(1, columns, (wide, 3.7), margins=(0.05, 0.85, 0.1, 0.3), gaps=(0.05, 0))
+    figure, places = layout(1, columns, (wide, 3.7), margins=(0.05, 0.85, 0.1, 0.42), gaps=(0.05, 0))
     for place, (name, (alphas, betas, loss)) in zip(places, grids.items(), strict=True):
         axes = figure.add_axes(place, projection="3d", computed_zorder=False, facecolor="white")
         heights, across = np.log10(loss), np.meshgrid(alphas, betas)
@@ -56,7 +56,7 @@ def surface(
         _look(axes, elevation, azimuth, np.log10([scale.norm.vmin, scale.norm.vmax]))
         for i, put in enumerate((axes.set_xlabel, axes.set_ylabel)):
             put(_axis_name((directions or {}).get(name), i, brief=True), fontsize=8.5, color=INK, labelpad=-2)
-        axes.set_title(name, fontsize=10, color=INK, y=1.0)
+        axes.set_title(name, fontsize=10, color=INK, y=1.06)
     _loss_bar(figure, scale, (places[-1][0], 0.17, places[-1][2], 0.66))
     return figure
 

@@ -6,6 +6,7 @@ and what those modules import, inside functions too, belongs to it.
 """
 
 import ast
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -66,19 +67,29 @@ def registers_with(tree: ast.Module) -> set[str]:
     return {call.id for call in calls if isinstance(call, ast.Name) and call.id.startswith("register_")}
 
 
+@functools.cache
+def outline(text: str) -> tuple[ast.Module, set[str], set[str]]:
+    """Of a module's text: the tree, the names it defines, the registers that its classes stand in."""
+    tree = ast.parse(text)
+    return tree, defined(tree), registers_with(tree)
+
+
 def modules_used(source: str) -> list[str]:
     """The package's modules that notebook code uses, and those that these use in turn."""
     files = modules()
-    trees = {name: ast.parse(path.read_text(encoding="utf8")) for name, path in files.items() if name}
-    homes = {name: {module for module, tree in trees.items() if name in defined(tree)} for tree in trees.values()
-             for name in defined(tree)}  # fmt: skip
+    read = {name: outline(path.read_text(encoding="utf8")) for name, path in files.items() if name}
+    trees, own, registers = ({name: parts[i] for name, parts in read.items()} for i in range(3))
+    homes = {}
+    for module, names in own.items():
+        for name in names:
+            homes.setdefault(name, set()).add(module)
     todo, used = taken(parsed(source), alias="kl"), set()
     while todo:
         name = todo.pop()
         owners = {owner for owner in (name, name.rpartition(".")[0]) if owner in trees} or homes.get(name, set())
         for module in owners - used:
             used.add(module)
-            todo |= {other for other, tree in trees.items() if defined(trees[module]) & registers_with(tree)}
+            todo |= {other for other, names in registers.items() if own[module] & names}
             is_package = files[module].name == "__init__.py"
             todo |= taken(trees[module], module if is_package else module.rpartition(".")[0])
     return sorted(used)

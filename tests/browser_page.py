@@ -43,11 +43,11 @@ class Page:
         self.address, token, self.folder = lab
         nbformat.write(nb, self.folder / f"{name}.ipynb")
         self.name, self.errors, self.refused = name, [], []
-        self.page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        self.page, self.client = browser.new_page(), None
         self.page.set_default_timeout(60_000)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
-        self.page.route("**/*", self.stay_here)
+        self.page.on("request", self.must_stay_here)
         # A workspace of its own: a shared one opens the notebooks of earlier tests again, beside this one.
         self.page.goto(f"{self.address}/lab/workspaces/{name}/tree/{name}.ipynb?token={token}")
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
@@ -56,7 +56,8 @@ class Page:
         self.cells = sum(cell.cell_type == "code" for cell in nb.cells)
 
     def wait(self) -> None:
-        """Until all cells have run and the explorers show their pictures."""
+        """Until all cells have run and the explorers show their pictures. A page behind another one draws nothing."""
+        self.page.bring_to_front()
         prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
         self.page.wait_for_function(
             f"{prompts}.filter(prompt => /\\d/.test(prompt.innerText)).length >= {self.cells}", timeout=180_000
@@ -66,32 +67,30 @@ class Page:
 
     def close(self) -> None:
         """The kernel ends, too."""
+        if self.client:
+            self.client.stop_channels()
         self.page.evaluate("jupyterapp.shell.currentWidget.sessionContext.shutdown()")
         self.page.close()
 
-    def stay_here(self, route) -> None:
-        """No request leaves this machine; what a page keeps in itself (blob:, data:) is no request."""
-        if route.request.url.startswith(self.address):
-            route.continue_()
-        else:
-            self.refused.append(route.request.url)
-            route.abort()
+    def must_stay_here(self, request) -> None:
+        """What a page keeps in itself (blob:, data:) is no request to anybody."""
+        if not request.url.startswith((self.address, "blob:", "data:")):
+            self.refused.append(request.url)
 
     def truth(self, draw: bool = True) -> list[dict]:
         """`TRUTH`, asked of the notebook's own kernel, which is behind the page when it is busy."""
-        kernel = self.page.evaluate("jupyterapp.shell.currentWidget.sessionContext.session.kernel.id")
-        client = BlockingKernelClient(connection_file=str(self.folder.parent / "runtime" / f"kernel-{kernel}.json"))
-        client.load_connection_file()
-        client.start_channels()
-        try:
-            said = []
-            hear = lambda message: said.append(message["content"].get("text", ""))  # noqa: E731
-            ask = TRUTH.replace("DRAW", str(draw))
-            reply = client.execute_interactive(ask, store_history=False, timeout=60, output_hook=hear)
-            assert reply["content"]["status"] == "ok", reply["content"]
-            return json.loads("".join(said))
-        finally:
-            client.stop_channels()
+        if self.client is None:
+            kernel = self.page.evaluate("jupyterapp.shell.currentWidget.sessionContext.session.kernel.id")
+            file = self.folder.parent / "runtime" / f"kernel-{kernel}.json"
+            self.client = BlockingKernelClient(connection_file=str(file))
+            self.client.load_connection_file()
+            self.client.start_channels()
+        said = []
+        hear = lambda message: said.append(message["content"].get("text", ""))  # noqa: E731
+        ask = TRUTH.replace("DRAW", str(draw))
+        reply = self.client.execute_interactive(ask, store_history=False, timeout=60, output_hook=hear)
+        assert reply["content"]["status"] == "ok", reply["content"]
+        return json.loads("".join(said))
 
     def shown(self, number: int) -> str:
         """SHA-256 of the one picture that an explorer shows; more than one is a failure."""

@@ -33,6 +33,7 @@ NAMES = [path.stem for path in build.chosen(()) if "kl.widgets.explore" in path.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
          "--disable-component-update --disable-sync").split()  # fmt: skip
+FLAGS.append("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")  # nothing leaves this machine
 SETTINGS = {  # cells that are scrolled away stay in the page; no news from outside
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -110,7 +111,7 @@ def browser():
 
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser_path(), args=FLAGS)
-        yield chromium
+        yield chromium.new_context(viewport={"width": 1280, "height": 1000})  # one: JupyterLab is fetched once
         chromium.close()
 
 
@@ -216,8 +217,8 @@ def opened(request, lab, browser):
                 cell.outputs, cell.execution_count = [], None
             if "parameters" in cell.metadata.get("tags", []):
                 cell.source = re.sub(r"(?m)^PROFILE = .*$", 'PROFILE = "smoke"', cell.source)
-        if name not in DASHBOARDS:  # what comes after the last explorer runs in test_notebooks.py
-            del nb.cells[1 + max(i for i, cell in enumerate(nb.cells) if "kl.widgets.explore(" in cell.source) :]
+        # What comes after the last explorer runs in test_notebooks.py.
+        del nb.cells[1 + max(i for i, cell in enumerate(nb.cells) if "kl.widgets.explore(" in cell.source) :]
         return Page(lab, browser, name, nb)
 
     items = [item for item in request.session.items if "opened" in getattr(item, "fixturenames", ())]

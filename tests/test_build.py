@@ -190,6 +190,7 @@ os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *sys.argv[
     assert run(new_notebook(cells=[code("print(1)")]), tmp_path / "twice").problems == []
     assert tried.read_text() == "xx"
     monkeypatch.setenv("DYING", "99")
+    monkeypatch.setattr(build, "STARTS", 2)
     (problem,) = run(new_notebook(cells=[code("print(1)")]), tmp_path / "never").problems
     assert "Kernel died before replying" in problem and len(tried.read_text()) == 2 + build.STARTS
 

@@ -166,52 +166,36 @@ def solved(name):
     return nb
 
 
-def until_setup(name):
-    """A notebook up to its set-up cell."""
-    nb = source(name)
-    (last,) = [i for i, cell in hygiene.code_cells(nb) if "kl.notebook.setup(" in cell.source]
-    nb.cells = nb.cells[: last + 1]
-    return nb
-
-
 @pytest.fixture(scope="session")
 def started(request, clone_url, tmp_path_factory):
-    """started(kind, name) -> Run. What the selected tests ask for runs two at a time; each test waits for its own."""
+    """started(name) -> Run. What the selected tests ask for runs two at a time; each test waits for its own."""
 
-    def job(kind, name):
-        folder = tmp_path_factory.mktemp(f"{kind}-{name}")
-        nb = {"colab": solved, "seed7": until_setup}[kind](name)
+    def job(name):
+        folder = tmp_path_factory.mktemp(f"colab-{name}")
+        nb = solved(name)
         nb.cells.append(new_code_cell(PROBE))
         nbformat.write(nb, folder / f"{name}.ipynb")
-        parameters = {"PROFILE": "smoke"} | ({"SEED": 7} if kind == "seed7" else {})
-        env = None if kind == "seed7" else colab(clone_url, overlay=name in WITH_WIDGETS)
-        cwd = build.FOLDER if kind == "seed7" else folder
-        return build.execute(folder / f"{name}.ipynb", folder / "out.ipynb", parameters=parameters, cwd=cwd, env=env)
+        env = colab(clone_url, overlay=name in WITH_WIDGETS)
+        parameters = {"PROFILE": "smoke", "SEED": 7}
+        return build.execute(folder / f"{name}.ipynb", folder / "out.ipynb", parameters=parameters, cwd=folder, env=env)
 
     with ThreadPoolExecutor(2) as pool:
         items = [item for item in request.session.items if "started" in getattr(item, "fixturenames", ())]
-        keys = dict.fromkeys((item.callspec.params["kind"], item.callspec.params["name"]) for item in items)
-        futures = {key: pool.submit(job, *key) for key in keys}
-        yield lambda *key: futures[key].result()
+        futures = {item.callspec.params["name"]: None for item in items}
+        futures = {name: pool.submit(job, name) for name in futures}
+        yield lambda name: futures[name].result()
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["seed7"])
-def test_an_injected_parameter_is_the_one_used(started, kind, name):
-    """By papermill here; that no later cell gives a parameter another value is one of the rules of hygiene.py."""
-    probe = probed(started(kind, name))
-    assert (probe["seed"], probe["profile"]) == (7, "smoke")
-    assert "no network in tests" in probe["network"], "a kernel can leave the machine"
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["colab"])
-def test_runs_in_colab_and_solutions_pass(started, clone_url, kind, name):
+def test_runs_in_colab_with_another_seed_and_solutions_pass(started, clone_url, name):
+    """That no later cell gives an injected parameter another value is one of the rules of hygiene.py."""
     if not OVERLAY.is_dir():
         (pytest.fail if os.environ.get("CI") else pytest.skip)("ipywidgets 7.7 is not installed: run `make test`")
-    run = started(kind, name)
+    run = started(name)
     probe = probed(run)
+    assert (probe["seed"], probe["profile"]) == (7, "smoke")
+    assert "no network in tests" in probe["network"], "a kernel can leave the machine"
     assert Path(probe["home"]).parent == run.out.parent / "karat-lite" / "karat_lite"
     assert probe["torch"] == TORCH
     assert probe["ipywidgets"].startswith("7.7.") if name in WITH_WIDGETS else probe["ipywidgets"] == WIDGETS

@@ -51,8 +51,8 @@ def test_environment_yml_repeats_nothing():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf8"))
     assert environment["name"] == PROJECT["name"]
     *conda, pip = environment["dependencies"]
-    assert sorted(conda) == ["pip", f"python{PROJECT['requires-python']}"]
-    assert pip == {"pip": [f"-e .[{','.join(EXTRAS)}]"]}
+    assert sorted(conda) == ["pip", f"python{PROJECT['requires-python']},<3.15"]
+    assert pip == {"pip": ["-c .ci/constraints.txt", f"-e .[{','.join(EXTRAS)}]"]}
 
 
 def test_constraints_pin_every_direct_dependency_within_its_range():
