@@ -66,8 +66,6 @@ def load_checkpoint(path_or_name: str | Path, model: VisionTransformer | None = 
         raise ValueError(f"the card in {path} is damaged ({error}): train or fetch the checkpoint again.") from error
     if not isinstance(card, dict) or not isinstance(card.get("config"), dict):
         raise ValueError(f"the card in {path} names no configuration of a model: train or fetch the checkpoint again.")
-    if isinstance(card.get("steps"), list):
-        raise ValueError(f"{path} holds the weights of many steps: load it with load_trajectory.")
     if (basis := card["config"].get("basis", "fourier")) not in available_bases():
         raise ValueError(
             f"{path.name} uses the basis {basis!r}, which is not registered here: run the code that defines it "
@@ -85,6 +83,8 @@ def load_checkpoint(path_or_name: str | Path, model: VisionTransformer | None = 
     try:
         load_model(model, path)
     except RuntimeError as error:
+        if isinstance(card.get("steps"), list):
+            raise ValueError(f"{path} holds the weights of many steps: load it with load_trajectory.") from error
         raise ValueError(f"the weights in {path} are not those of its card: train or fetch it again.") from error
     return model.eval(), card
 
@@ -106,9 +106,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.touch()
         mode = (path if path.exists() else temporary).stat().st_mode  # safetensors makes files for their owner alone
         write(temporary)
-        os.chmod(temporary, mode & 0o777)
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())  # the bytes before the name: after a power cut, too
+        os.chmod(temporary, mode & 0o777)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have errors of their own
         kept = "what it held before is unharmed" if path.exists() else "nothing was left behind"

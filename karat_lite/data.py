@@ -4,7 +4,7 @@
     shapes      coloured shapes on textured grounds, drawn from a seed at any resolution, with object masks
     cifar10, cifar100, svhn, stl10, flowers102    downloaded when first loaded, see named_data.py
     imagenet    ROOT/imagenet/train/<class>/ and ROOT/imagenet/val/<class>/, to be put there by hand
-    a folder    PATH/train/<class>/*.png and PATH/test/<class>/*.png (or PATH/val), any format that Pillow reads,
+    a folder    PATH/train/<class>/*.png and PATH/test/<class>/*.png (or PATH/val), the formats of `PICTURES`,
                 turned as its EXIF note says, what is transparent laid on white
 
 Every dataset yields pairs (image, label): image (3, H, W) float32 in [-1, 1], label a whole number.
@@ -30,6 +30,7 @@ SHAPES_SIZE = {"train": 8_000, "test": 2_000}  # images drawn unless `limit` ask
 SHAPES_SEED = {"train": 0, "test": 1}
 FILES_SIZE = {"flowers102": 224, "imagenet": 224}  # pixels, where the pictures themselves have many sizes
 ONE_WAY = ("digits", "svhn")  # mirrored, a digit is another digit or none
+PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 HELD = 1 << 30  # bytes of pictures that are decoded once and kept, unless `in_memory` says otherwise
 DATA = Path(__file__).resolve().parent.parent / "data"
 
@@ -234,8 +235,12 @@ def _folder(path: Path, split: str, part: Path, img_size: int | None, limit: int
         if trained != classes:
             odd = sorted(set(trained) ^ set(classes))
             raise ValueError(f"train and test of {path} have different classes: {odd} stand in one part only.")
-    name = Path(os.path.abspath(path)).name  # "." has a name, too
-    return _from_files(name, split, files, labels, classes, img_size, limit, in_memory)
+    return _from_files(name_of(path), split, files, labels, classes, img_size, limit, in_memory)
+
+
+def name_of(data: str | Path) -> str:
+    """What a dataset is called on cards and in tables: its name, or its folder's, which "." has, too."""
+    return Path(os.path.abspath(data)).name
 
 
 def _test_part(path: Path) -> Path:
@@ -253,17 +258,14 @@ def _class_folders(part: Path) -> list[Path]:
 
 def _list_folder(part: Path) -> tuple[list[Path], Tensor, list[str]]:
     """Every image file, its label, and the class names in order."""
-    from PIL import Image
-
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = {}
     for folder in _class_folders(part):
-        files = (f for f in folder.rglob("*") if f.suffix.lower() in endings and not f.name.startswith("."))
+        files = (f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not f.name.startswith("."))
         found[folder.name] = sorted(f for f in files if f.is_file())
     empty = [name for name, files in found.items() if not files]
     if empty or not found:
         where = f"{part / empty[0]}" if empty else f"{part}"
-        raise ValueError(f"no images in {where}: expected files that Pillow reads, such as .png, .jpg or .webp.")
+        raise ValueError(f"no images in {where}: expected files ending in {', '.join(PICTURES)}.")
     if len(found) == 1:
         raise ValueError(
             f"{part} holds one class only ({next(iter(found))!r}): a classifier needs at least two folders."
@@ -274,23 +276,36 @@ def _list_folder(part: Path) -> tuple[list[Path], Tensor, list[str]]:
 
 def read_image(file: Path):
     """One file as a `PIL.Image` in RGB, upright, on white. `ValueError` names a file that is no picture."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(file) as opened:
-            if opened.mode.startswith("I;16"):  # 16 bits of grey, which Pillow would cut off at 255
-                return Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8)).convert("RGB")
             if opened.mode in ("I", "F"):
                 raise ValueError(f"its numbers have no known range, mode {opened.mode}: save it with 8 or 16 bits")
-            upright = ImageOps.exif_transpose(opened) if opened.getexif().get(0x0112, 1) != 1 else opened  # orientation
-            if upright.has_transparency_data:
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-            return upright.convert("RGB")
+            turn = _turn(opened)
+            if opened.mode.startswith("I;16"):  # 16 bits of grey, which Pillow would cut off at 255
+                opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+            if opened.has_transparency_data:
+                opened = opened.convert("RGBA")
+                opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened)
+            picture = opened.convert("RGB")
+            return picture if turn is None else picture.transpose(turn)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # of a damaged file, too
         raise ValueError(
             f"cannot read the image {file} ({error}): remove it or put a whole one in its place."
         ) from error
+
+
+def _turn(opened):
+    """How a picture is turned or mirrored to stand upright, by its EXIF note; None where that says nothing."""
+    from PIL.Image import Transpose as T
+
+    try:
+        orientation = opened.getexif().get(0x0112)
+    except Exception:  # noqa: BLE001 - a damaged note is no reason to refuse the picture
+        return None
+    turns = (T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)
+    return dict(enumerate(turns, start=2)).get(orientation)
 
 
 def to_square(image, img_size: int) -> Tensor:

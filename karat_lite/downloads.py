@@ -2,7 +2,7 @@
 
 A download stands under its name only when its digest is right. Until then it grows in NAME.part beside it, which
 survives an interruption: the next call goes on where the last one stopped, from whichever mirror. A mirror that cannot
-go on from there begins anew in NAME.part.new, so that a bad one takes nothing away.
+go on from there begins anew in NAME.part.new: what is here is given up only if its bytes turn out wrong.
 """
 
 import contextlib
@@ -40,9 +40,7 @@ class DownloadError(OSError):
 class _Broken(Exception):
     """The connection failed: it may do better next time."""
 
-
-class _Anew(Exception):
-    """The mirror's file ends before what is here: either it is the wrong one, or what is here is."""
+    unknown = False  # whether the server never said how long its file is: this may have been all of it
 
 
 class _Useless(Exception):
@@ -71,8 +69,9 @@ def fetch(urls: Iterable[str], path: str | Path, *, md5: str, timeout: float = 3
     with _alone(path.with_name(f"{path.name}.lock")):
         if _is_whole(path, md5):  # another process fetched it while this one waited
             return path
-        if _is_whole(part, md5):  # stopped between the last byte and the new name
-            return part.replace(path)
+        for whole in (part, _anew(part)):
+            if _is_whole(whole, md5):  # stopped between the last byte and the new name
+                return whole.replace(path)
         for url in urls:
             try:
                 _complete(part, url, md5, timeout, progress)
@@ -151,41 +150,42 @@ def _alone(lock: Path):
 
 
 def _complete(part: Path, url: str, md5: str, timeout: float, progress: bool) -> None:
-    """Bring `part` from what it holds to the file with that digest. Raises `_Useless` if this mirror cannot; `part`
-    then holds what it held before, or more."""
+    """Bring `part` from what it holds to the file with that digest. Raises `_Useless` if this mirror cannot; what an
+    earlier mirror or call brought is then still there, unless this one's answers speak against it."""
     anew = _anew(part)
-    _keep_longer(part, anew)  # of a process that was killed
+    anew.unlink(missing_ok=True)
     most = inherited = _size(part)
-    futile = 0
+    futile, refuted = 0, False
     try:
         while True:
             try:
                 file = _receive(part, url, md5, timeout, progress)
             except _Broken as error:
-                size = _size(anew if anew.is_file() else part)
-                futile = 0 if size > most else futile + 1
-                most = max(most, size)
+                file = anew if anew.is_file() else part
+                futile = 0 if _size(file) > most else futile + 1
+                most = max(most, _size(file))
                 if futile == TRIES:
+                    if error.unknown and (file == anew or not inherited):
+                        file.unlink(missing_ok=True)  # three times as long, and never right
                     raise _Useless(str(error)) from error
                 time.sleep(PAUSE * 2 ** max(0, futile - 1))
-                continue
-            except _Anew:
-                anew.touch()
-                most = 0
                 continue
             found = md5_of(file)
             if found == md5:
                 file.replace(part)
                 return
-            other = _Useless(f"these are other bytes (MD5 {found}, expected {md5})")
             if file == anew or not inherited:
+                page = file.read_bytes()[:100].lstrip().startswith(b"<")
                 file.unlink()
-                raise other
+                like = ", it looks like a web page" if page else ""
+                raise _Useless(f"these are other bytes (MD5 {found}, expected {md5}{like})")
             os.truncate(part, inherited)
             anew.touch()  # bytes from an earlier call or mirror may be to blame: once more from the start
-            most = 0
+            most, refuted = 0, True
     finally:
-        _keep_longer(part, anew)
+        if _size(anew) and (refuted or not inherited and _size(anew) > _size(part)):
+            anew.replace(part)
+        anew.unlink(missing_ok=True)
 
 
 def _anew(part: Path) -> Path:
@@ -196,15 +196,9 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.is_file() else 0
 
 
-def _keep_longer(part: Path, anew: Path) -> None:
-    if _size(anew) > _size(part):
-        anew.replace(part)
-    anew.unlink(missing_ok=True)
-
-
 def _receive(part: Path, url: str, md5: str, timeout: float, progress: bool) -> Path:
     """One connection: append what lacks to what there is, or begin anew beside it where the server cannot go on from
-    there. Returns the file that is now as long as the server's."""
+    there. Returns the file that is now at least as long as the server's."""
     from tqdm import tqdm
 
     anew = _anew(part)
@@ -217,16 +211,19 @@ def _receive(part: Path, url: str, md5: str, timeout: float, progress: bool) -> 
         with _network(timeout):
             response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and start and file == part:
-            raise _Anew from error
+        if error.code == 416 and start:
+            return file
         kind = _Broken if error.code >= 500 or error.code in (408, 429) else _Useless
         raise kind(f"HTTP {error.code} {error.reason}") from error
     with response:
-        if response.headers.get_content_type() == "text/html" and "Content-Type" in response.headers:
-            raise _Useless("a web page in place of the file: a login, or an error that is not called one")
         length, total = response.headers.get("Content-Length"), None
         span = re.match(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-        if start and not (response.status == 206 and span and int(span[1]) == start):
+        if start and response.status == 206 and not (span and int(span[1]) == start):
+            if file == anew:
+                raise _Useless("it answers with other bytes than it is asked for")
+            anew.touch()
+            return _receive(part, url, md5, timeout, progress)
+        if response.status != 206 and start:
             file, start = anew, 0
         if response.status == 206 and span and span[2] != "*":
             total = int(span[2])  # of the whole file: an answer may bring less than was asked
@@ -249,8 +246,12 @@ def _receive(part: Path, url: str, md5: str, timeout: float, progress: bool) -> 
                 if not chunk:
                     break
                 bar.update(opened.write(chunk))
-    if _size(file) < total if total is not None else md5_of(file) != md5:
-        raise _Broken(f"the connection closed after {_size(file):,} of {'?' if total is None else f'{total:,}'} bytes")
+    if total is not None and _size(file) < total:
+        raise _Broken(f"the connection closed after {_size(file):,} of {total:,} bytes")
+    if total is None and not response.chunked and md5_of(file) != md5:  # the end of a chunked answer is said
+        broken = _Broken(f"the connection closed after {_size(file):,} bytes, MD5 {md5_of(file)}, expected {md5}")
+        broken.unknown = True
+        raise broken
     return file
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import as_tested, in_order
-from .data import FILES_SIZE, NAMED, load_dataset
+from .data import FILES_SIZE, NAMED, load_dataset, name_of
 from .processes import Engine, pick_device
 from .recipes import Recipe
 
@@ -22,7 +22,8 @@ def load_part(data: str | Path, split: str, recipe: Recipe, img_size: int | None
 
 def is_part_of(data: str | Path, card: dict) -> bool:
     """Whether a checkpoint's card names this dataset, or a part of it (cifar10_10k is one of cifar10)."""
-    return str(card.get("data")).split("_")[0] == Path(data).name.split("_")[0]
+    its, name = str(card.get("data")), name_of(data)
+    return its == name or its.startswith(f"{name}_") or name.startswith(f"{its}_")
 
 
 def load_tested(data: str | Path, model, card: dict):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from .checks import at_least, one_of
 from .processes import pick_device
@@ -61,7 +62,8 @@ def live(draw: Callable, every: int = 1, epochs: int | None = None) -> Callable:
             shown[0].update(figure)
         else:
             shown[:] = [display(figure, display_id=True)]  # outside a notebook there is nothing to replace
-        if "matplotlib.pyplot" in sys.modules:  # or it would show its own figures a second time
+        # Pyplot would keep its own figures, and show them a second time.
+        if isinstance(figure, Figure) and "matplotlib.pyplot" in sys.modules:
             sys.modules["matplotlib.pyplot"].close(figure)
 
     return show

@@ -4,7 +4,6 @@ One file, so that its parts cannot disagree, written beside and renamed, so that
 powers (`weights_only=True`).
 """
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -31,7 +30,9 @@ def load_state(folder: Path, about: dict) -> dict | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         its = state["about"]
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - damaged bytes make PyTorch raise whatever they happen to hit
         raise ValueError(
             f"{path} is damaged ({first_line(error)}): this training cannot go on from it. Remove the file to start "
             f"again; the last epoch's weights are in {folder / 'model.safetensors'}."

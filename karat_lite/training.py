@@ -240,7 +240,8 @@ class _Training:
         return {**card, "recipe": dataclasses.asdict(self.recipe), **self.more}
 
     def save(self) -> None:
-        """resume.pt: everything from which this training goes on. The first process's state is everyone's."""
+        """resume.pt: everything from which this training goes on, as the first process has it. Of the running epoch's
+        losses and of random numbers for dropout its own share then stands for all."""
         state = {"about": self.about(), "epoch": self.epoch, "done": self.done, "seconds": self.seconds}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
         state["average"] = None if self.average is None else self.average.state_dict()

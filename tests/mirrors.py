@@ -15,11 +15,11 @@ class Mirror:
     asked: list = field(default_factory=list)
 
 
-def sends(upto=None, ranges=True, stall=False, capped=None, length=True, kind=None, other=None):
+def sends(upto=None, ranges=True, stall=False, capped=None, length=True, label=True, chunked=False, other=None):
     """An act: answer with the file, or what is asked of it; break off (or fall silent) after `upto` bytes.
 
-    capped: bring so many bytes at a time and say so; length: say how many come; kind: the Content-Type; other: bytes to
-    send in place of the file.
+    capped: bring so many bytes at a time and say so; length: say how many come; label: say which they are; chunked: in
+    chunks, the last of which says that it is the last; other: bytes to send in place of the file.
     """
 
     def act(handler, body, over):
@@ -30,11 +30,12 @@ def sends(upto=None, ranges=True, stall=False, capped=None, length=True, kind=No
             return refuses(416)(handler, body, over)
         handler.send_response(206 if wanted or capped else 200)
         sent = body[start:][:capped]
-        if wanted or capped:
+        if (wanted or capped) and label:
             handler.send_header("Content-Range", f"bytes {start}-{start + len(sent) - 1}/{len(body)}")
-        if kind:
-            handler.send_header("Content-Type", kind)
-        if length:
+        if chunked:
+            handler.send_header("Transfer-Encoding", "chunked")
+            sent = b"%x\r\n%s\r\n0\r\n\r\n" % (len(sent), sent)
+        elif length:
             handler.send_header("Content-Length", str(len(sent)))
         handler.end_headers()
         handler.wfile.write(sent[:upto])

@@ -138,6 +138,17 @@ note.value = "moved" if {good} else '<div class="karat-error"><b>draw</b> failed
 )
 
 
+OUTSIDE = """
+import socket
+try:
+    socket.create_connection(("192.0.2.1", 80), timeout=1)
+except OSError as error:
+    assert "no network in tests" in str(error)
+else:
+    raise AssertionError("a kernel left the machine")
+"""
+
+
 def run(nb, folder: Path):
     folder.mkdir()
     nbformat.write(nb, folder / "in.ipynb")
@@ -145,7 +156,9 @@ def run(nb, folder: Path):
 
 
 def test_errors_inside_widgets_fail_a_run(tmp_path):
+    """And no kernel leaves this machine."""
     cells = [[code(source.format(good=good)) for source in SILENT] for good in (True, False)]
+    cells[0].append(code(OUTSIDE))
     assert run(new_notebook(cells=cells[0]), tmp_path / "good").problems == []
     problems = run(new_notebook(cells=cells[1]), tmp_path / "bad").problems
     assert "cell 1: an Output widget holds ZeroDivisionError: division by zero" in problems

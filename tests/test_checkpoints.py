@@ -193,6 +193,9 @@ def test_a_save_leaves_two_files_for_whoever_may_read_here(saved):
     saved.chmod(0o640)
     kl.save_checkpoint(saved, kl.load_checkpoint(saved)[0])
     assert saved.stat().st_mode & 0o777 == 0o640, "as it was before"
+    saved.chmod(0o440)
+    kl.save_checkpoint(saved, kl.load_checkpoint(saved)[0])
+    assert saved.stat().st_mode & 0o777 == 0o440, "one that was protected from writing is replaced, as files are"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,6 @@ def test_a_save_leaves_two_files_for_whoever_may_read_here(saved):
     [
         ("{}", "names no configuration of a model"),
         ("[]", "names no configuration of a model"),
-        ('{"config": {}, "steps": [0, 1]}', "the weights of many steps: load it with load_trajectory"),
     ],
 )
 def test_a_card_of_something_else_is_refused(text, told, tmp_path):
@@ -209,6 +211,14 @@ def test_a_card_of_something_else_is_refused(text, told, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"karat_lite": text})
     with pytest.raises(ValueError, match=told):
         kl.load_checkpoint(tmp_path / "odd.safetensors")
+
+
+def test_a_trajectory_is_sent_to_its_own_loader(tmp_path):
+    model = pico()
+    save_snapshot(tmp_path, model, 0)
+    pack_snapshots(tmp_path, {0}, {}, model.config)
+    with pytest.raises(ValueError, match="holds the weights of many steps: load it with load_trajectory"):
+        kl.load_checkpoint(tmp_path / "trajectory.safetensors")
 
 
 # ---- the committed ones ---------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 import hashlib
 import itertools
+import struct
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from pictures import COLOURS, write_folder
@@ -12,6 +14,7 @@ from sklearn.datasets import load_digits
 
 import karat_lite as kl
 from karat_lite.data import normalise, read_image, to_unit
+from karat_lite.evaluation import is_part_of
 
 
 def rows(images) -> Counter:
@@ -159,6 +162,11 @@ def test_pictures_are_upright_and_what_is_transparent_is_white(tmp_path):
     picture.paste("red", (0, 0, 8, 8))
     note = Image.Exif()
     note[0x0112] = 6  # to be turned by 90 degrees: what is left comes to the top
+    odd = struct.pack("<HHHII HHI4s I", 2, 0x0112, 3, 1, 6, 0x011A, 2, 4, b"abc", 0)  # its resolution is no number
+    picture.save(tmp_path / "phone.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0" + odd)
+    assert read_image(tmp_path / "phone.jpg").size == (8, 16)
+    Image.fromarray(np.zeros((8, 16), dtype=np.uint16)).save(tmp_path / "grey.png", exif=note)
+    assert read_image(tmp_path / "grey.png").size == (8, 16)
     picture.save(tmp_path / "phone.png", exif=note)
     upright = read_image(tmp_path / "phone.png")
     assert upright.size == (8, 16)
@@ -172,7 +180,7 @@ def test_pictures_are_upright_and_what_is_transparent_is_white(tmp_path):
         assert seen.mode == "RGB" and seen.getpixel((0, 0)) == (255, 255, 255) and seen.getpixel((1, 1)) == (0, 0, 0)
 
 
-def test_every_picture_that_pillow_reads_counts_and_nothing_else(tmp_path):
+def test_every_kind_of_picture_counts_and_nothing_else(tmp_path):
     for part, one in itertools.product(("train", "test"), ("a", "b")):
         folder = tmp_path / part / one
         folder.mkdir(parents=True)
@@ -180,6 +188,7 @@ def test_every_picture_that_pillow_reads_counts_and_nothing_else(tmp_path):
             Image.new("RGB", (8, 8)).save(folder / f"x.{ending}")
         (folder / "trip.jpg").mkdir()
         (folder / "notes.txt").write_text("no picture")
+        (folder / "features.h5").write_text("none either, though Pillow has a name for it")
     assert len(kl.load_dataset(tmp_path, "train")) == 8
 
 
@@ -189,6 +198,8 @@ def test_a_folder_has_a_name_however_it_is_written(tmp_path, monkeypatch):
     assert kl.load_dataset(".", "train").name == "mine"
     monkeypatch.chdir(tmp_path / "mine" / "train")
     assert kl.load_dataset("..", "train").name == "mine"
+    assert is_part_of("..", {"data": "mine"}) and is_part_of("..", {"data": "mine_few"})
+    assert not is_part_of("my_photos", {"data": "my_flowers"})
 
 
 def test_a_picture_too_large_to_be_one_is_named(tmp_path, monkeypatch):

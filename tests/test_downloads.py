@@ -189,12 +189,15 @@ PART = FILE[:190_000]
 @pytest.mark.parametrize(
     "act, said",
     [
-        (sends(ranges=False, kind="text/html", other=b"<p>Log in first</p>"), "a web page in place of the file"),
+        (sends(ranges=False, other=b"<p>Log in first</p>"), "these are other bytes (MD5"),
         (sends(other=FILE[:100_000]), "these are other bytes"),
         (sends(ranges=False, other=OTHER), "these are other bytes"),
         (sends(10_000, ranges=False), "the connection closed after 10,000 of 200,000 bytes"),
+        (sends(195_000, ranges=False, other=OTHER), "the connection closed after 195,000 of 200,000 bytes"),
+        (sends(ranges=False, other=OTHER + OTHER, length=False), "the connection closed after 400,000 bytes, MD5"),
+        (sends(chunked=True, ranges=False, other=OTHER), "these are other bytes"),
     ],
-    ids=["login", "cut file", "other file", "breaks off"],
+    ids=["login", "cut file", "other file", "breaks off", "breaks off late", "no length", "chunks"],
 )
 def test_a_bad_mirror_takes_nothing_away(path, act, said):
     part = part_of(path, PART)
@@ -205,12 +208,35 @@ def test_a_bad_mirror_takes_nothing_away(path, act, said):
     assert good.asked == ["bytes=190000-"]
 
 
-def test_what_a_killed_process_had_begun_anew_is_used(path):
-    anew = part_of(path, FILE[:1000]).with_name("file.bin.part.new")
-    anew.write_bytes(FILE[:5000])
+def test_a_file_begun_anew_and_whole_needs_no_request(path):
+    part_of(path, FILE[:1000]).with_name("file.bin.part.new").write_bytes(FILE)
     with serving(FILE) as mirror:
+        assert fetch([mirror.url], path, md5=MD5).read_bytes() == FILE
+    assert mirror.asked == []
+
+
+def test_what_is_begun_anew_is_kept_once_the_part_has_turned_out_wrong(path):
+    """A slow line, a call after the other: each brings 60,000 bytes and breaks off."""
+    part = part_of(path, OTHER[:190_000])
+    breaks = [sends(60_000), refuses(404)]
+    with serving(FILE, sends(), *breaks, *breaks, *breaks, sends()) as mirror:
+        for _ in range(3):
+            failed(path, mirror.url)
+        assert part.read_bytes() == FILE[:180_000]
         got(path, mirror.url)
-    assert mirror.asked == ["bytes=5000-"]
+    assert mirror.asked[:2] == ["bytes=190000-", None]
+
+
+def test_a_login_page_is_recognised(path):
+    with serving(b" <!doctype html><p>Log in first</p>") as bad:
+        assert "it looks like a web page" in failed(path, bad.url)
+
+
+def test_an_unlabelled_part_is_not_taken_for_the_beginning(path):
+    part_of(path, FILE[:1000])
+    with serving(FILE, sends(label=False), sends()) as mirror:
+        got(path, mirror.url)
+    assert mirror.asked == ["bytes=1000-", None]
 
 
 # ---- servers that will not do ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..checkpoints import write_whole
 from ..checks import run_command
-from ..data import load_dataset
+from ..data import load_dataset, name_of
 from ..evaluation import evaluate
 from ..processes import pick_device
 from ..trajectory import FILE, load_trajectory
@@ -44,7 +44,7 @@ SAME_TABLE = ("runs", "results", "device", "progress")  # options in which calls
 def main(argv: list[str] | None = None) -> None:
     """Measure every run of a folder; write runs, and mean and spread over seeds."""
     args = _parser().parse_args(argv)
-    runs = find_runs(args.runs, args.data and Path(args.data).name)
+    runs = find_runs(args.runs, args.data and name_of(args.data))
     runs.sort(key=lambda run: not run.variant.startswith("softmax"))  # what is compared with comes first
     results = {
         "command": f"python -m {NAME} {shlex.join(sys.argv[1:] if argv is None else argv)}",

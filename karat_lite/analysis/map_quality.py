@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checkpoints import write_whole
 from ..checks import at_least, one_of, run_command
-from ..data import normalise
+from ..data import name_of, normalise
 from ..vit import VisionTransformer
 from .cost import machine
 from .maps import KINDS, SIGNS, ClassTokenMaps, class_token_maps
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}"
     # A model can be asked about any picture, but drawn shapes mean nothing to one that has seen none.
-    found = find_runs(args.runs, Path(args.data).name, elsewhere=args.data != "shapes")
+    found = find_runs(args.runs, name_of(args.data), elsewhere=args.data != "shapes")
     found.sort(key=lambda run: not run.variant.startswith("softmax"))  # what is compared with comes first
     runs = []
     for one in found:
