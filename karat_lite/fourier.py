@@ -56,7 +56,7 @@ class Fourier(LinearBasis):
         return m % 2 == 0 or m <= (self.grid + 1) // 2
 
     def _needs_sin(self, m: int) -> bool:
-        return m <= (self.grid + 1) // 2
+        return m <= self.grid // 2
 
     def mixing(self) -> tuple[Tensor, Tensor]:
         return self._mixing
