@@ -71,7 +71,9 @@ def fetch(urls: Iterable[str], path: str | Path, *, md5: str, timeout: float = 3
             return path
         for whole in (part, _anew(part)):
             if _is_whole(whole, md5):  # stopped between the last byte and the new name
-                return whole.replace(path)
+                whole.replace(path)
+                part.unlink(missing_ok=True)
+                return path
         for url in urls:
             try:
                 _complete(part, url, md5, timeout, progress)
@@ -175,7 +177,8 @@ def _complete(part: Path, url: str, md5: str, timeout: float, progress: bool) ->
                 file.replace(part)
                 return
             if file == anew or not inherited:
-                page = file.read_bytes()[:100].lstrip().startswith(b"<")
+                with file.open("rb") as opened:
+                    page = opened.read(100).lstrip().startswith(b"<")
                 file.unlink()
                 like = ", it looks like a web page" if page else ""
                 raise _Useless(f"these are other bytes (MD5 {found}, expected {md5}{like})")

@@ -31,6 +31,7 @@ from .history import History
 from .operators import INITS, ORDERS
 from .processes import pick_device
 from .recipes import PRECISIONS, RECIPES, Recipe, make_recipe
+from .resume import FILE
 from .training import train
 from .vit import ATTENTIONS, LEARNED, MODES, SIZES, create_model, resize
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     names = {variant: f"{train_data.name}_{variant.replace(' ', '_')}_seed" for variant in variants}
     if args.out is not None and not args.resume:
         for name in (f"{name}{seed}" for name in names.values() for seed in args.seeds):
-            if (args.out / name / "resume.pt").exists():
+            if (args.out / name / FILE).exists():
                 raise ValueError(f"{args.out / name} holds a training: add --resume to go on, or give another --out.")
     results = {
         "command": command,
