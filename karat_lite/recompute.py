@@ -114,7 +114,7 @@ class _OnlyOnce(torch.autograd.Function):
 def _attend(q, k, v, coef, weight, scale, basis, fused) -> tuple[Tensor, Tensor | None]:
     """Output and, with a projector, Y."""
     with torch.autocast(q.device.type, enabled=False):
-        y = _mix(q, k, _right(v, coef, weight), scale, basis, fused)
+        y = _mix(q, k, v, coef, weight, scale, basis, fused)
         out = y
         if weight is not None:
             y, weight, values = _alike(fused, y.contiguous(), weight, v)  # or every product with Y would copy it
@@ -150,7 +150,20 @@ def _dtype_of_units(fused: bool, v: Tensor) -> torch.dtype:
     return v.dtype if fused else torch.promote_types(v.dtype, torch.float32)
 
 
-def _mix(q, k, right, scale, basis, fused) -> Tensor:
+def _mixing(coef: Tensor, basis: LinearBasis, fused: bool) -> tuple[Tensor, Tensor] | None:
+    """M and D of `basis.mixing`, like coef: c M and c D stand beside the maps that `basis.write` gives.
+
+    They are multiplied with coefficients, not with c^T V, of which there are as many as values: there they took as long
+    as the rest of a full-rank layer.
+    """
+    mixing = None if fused else basis.mixing()
+    return None if mixing is None else (mixing[0].to(coef), mixing[1].to(coef))
+
+
+def _mix(q, k, v, coef, weight, scale, basis, fused) -> Tensor:
+    coef = wide(coef)
+    mixing = _mixing(coef, basis, fused)
+    right = _right(v, coef if mixing is None else coef @ mixing[0], weight)
     if fused:
         from .kernels import fourier_triton  # Triton is not everywhere
 
@@ -167,21 +180,25 @@ def _mix_gradients(grad, q, k, right, scale, basis, fused) -> tuple[Tensor, Tens
 
 
 def _wide_gradients(grad, q, k, v, coef, weight, y, scale, basis, fused):
-    right = _right(v, coef, weight)
-    if v is None:
-        dq, dk, dright = _mix_gradients(wide(grad), q, k, right, scale, basis, fused)
-        return dq, dk, None, dright[0].permute(0, 3, 2, 1), None
-    if weight is None:
-        dq, dk, dright = _mix_gradients(wide(grad), q, k, right, scale, basis, fused)
-        dv = einsum(wide(coef), dright, "h n q F, B h F q d -> B h n d")
-        return dq, dk, dv, einsum(wide(v), dright, "B h n d, B h F q d -> h n q F"), None
-    grad, y, weight, v = _alike(fused, grad, y, weight, v)
-    grad, v = grad.contiguous(), v.contiguous()
-    dy, du = grad @ (weight.mT @ v).mT, y.mT @ grad
-    dq, dk, dright = _mix_gradients(dy, q, k, right, scale, basis, fused)
-    # Products image by image, then their sum: one product over images and channels would copy V once more.
-    dweight = (v @ du.mT).sum(dim=0, dtype=torch.promote_types(v.dtype, torch.float32))
-    return dq, dk, weight @ du, dright[0].permute(0, 3, 2, 1), dweight
+    coef = wide(coef)
+    mixing = _mixing(coef, basis, fused)
+    right = _right(v, coef if mixing is None else coef @ mixing[1], weight)  # beside the maps in phi'
+    modular, dv, dweight = weight is not None, None, None
+    if modular:
+        grad, y, weight, v = _alike(fused, grad, y, weight, v)
+        grad, v = grad.contiguous(), v.contiguous()
+        du = y.mT @ grad
+        # Products image by image, then their sum: one product over images and channels would copy V once more.
+        dv, dweight = weight @ du, (v @ du.mT).sum(dim=0, dtype=torch.promote_types(v.dtype, torch.float32))
+        grad = grad @ (weight.mT @ v).mT  # that of Y
+    dq, dk, dright = _mix_gradients(grad if fused and modular else wide(grad), q, k, right, scale, basis, fused)
+    if v is None or modular:
+        dcoef = dright[0].permute(0, 3, 2, 1)
+    else:
+        beside = coef if mixing is None else coef @ mixing[0]
+        dv = einsum(beside, dright, "h n q F, B h F q d -> B h n d")
+        dcoef = einsum(wide(v), dright, "B h n d, B h F q d -> h n q F")
+    return dq, dk, dv, dcoef if mixing is None else dcoef @ mixing[0].mT, dweight
 
 
 # ---- for torch.compile ----------------------------------------------------------------------------------------------

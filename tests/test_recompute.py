@@ -63,10 +63,10 @@ def test_blocks_hold_every_score_once_and_keep_their_scratch_small(depth, monkey
     monkeypatch.setattr(blocked, "AT_ONCE", 1000)
     monkeypatch.setattr(blocked, "MAPS_AT_ONCE", 4000)
     q, k, times = torch.empty(3, 5, 17, 2), torch.empty(3, 5, 13, 2), torch.zeros(3, 5, 17, 13)
-    for part, rows, keys, (maps, scores, _) in blocked._blocks(q, k, depth):
+    for part, rows, keys, scratch in blocked._blocks(q, k, depth):
         times[part.heads, part.images, rows, keys] += 1
-        assert maps.shape == (part.planes, depth, *scores.shape[1:]) and maps.numel() <= 4000
-        assert scores.numel() <= 1000
+        assert scratch.maps.shape == (part.planes, depth, *scratch.scores.shape[1:]) and scratch.maps.numel() <= 4000
+        assert scratch.scores.numel() <= 1000
     assert (times == 1).all()
 
 
