@@ -1,5 +1,7 @@
 """Kolmogorov-Arnold attention that keeps its inputs and computes everything of the size of the scores again."""
 
+from contextlib import nullcontext
+
 import torch
 from einops import einsum
 from torch import Tensor
@@ -113,7 +115,7 @@ class _OnlyOnce(torch.autograd.Function):
 
 def _attend(q, k, v, coef, weight, scale, basis, fused) -> tuple[Tensor, Tensor | None]:
     """Output and, with a projector, Y."""
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         y = _mix(q, k, v, coef, weight, scale, basis, fused)
         out = y
         if weight is not None:
@@ -125,9 +127,15 @@ def _attend(q, k, v, coef, weight, scale, basis, fused) -> tuple[Tensor, Tensor 
 def _gradients(grad, q, k, v, coef, weight, *rest) -> list[Tensor | None]:
     """Those of q, k, v, coef and weight; None for what is not there."""
     tensors = (q, k, v, coef, weight)
-    with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+    with torch.no_grad(), _no_autocast(grad):
         grads = _wide_gradients(grad, *tensors, *rest)
         return [None if x is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=True)]
+
+
+def _no_autocast(x: Tensor):
+    """No autocast inside; entering it takes longer than to ask whether it is on."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _right(v: Tensor | None, coef: Tensor, weight: Tensor | None) -> Tensor:
@@ -150,20 +158,18 @@ def _dtype_of_units(fused: bool, v: Tensor) -> torch.dtype:
     return v.dtype if fused else torch.promote_types(v.dtype, torch.float32)
 
 
-def _mixing(coef: Tensor, basis: LinearBasis, fused: bool) -> tuple[Tensor, Tensor] | None:
-    """M and D of `basis.mixing`, like coef: c M and c D stand beside the maps that `basis.write` gives.
+def _beside_maps(coef: Tensor, basis: LinearBasis, fused: bool, slopes: bool = False) -> Tensor:
+    """c M, what stands beside the maps that `basis.write` gives, or c D for those of phi' (`basis.mixing`).
 
-    They are multiplied with coefficients, not with c^T V, of which there are as many as values: there they took as long
-    as the rest of a full-rank layer.
+    Coefficients are multiplied, not c^T V, of which there are as many as values: there it took as long as the rest of a
+    full-rank layer.
     """
     mixing = None if fused else basis.mixing()
-    return None if mixing is None else (mixing[0].to(coef), mixing[1].to(coef))
+    return coef if mixing is None else coef @ mixing[slopes].to(coef)
 
 
 def _mix(q, k, v, coef, weight, scale, basis, fused) -> Tensor:
-    coef = wide(coef)
-    mixing = _mixing(coef, basis, fused)
-    right = _right(v, coef if mixing is None else coef @ mixing[0], weight)
+    right = _right(v, _beside_maps(wide(coef), basis, fused), weight)
     if fused:
         from .kernels import fourier_triton  # Triton is not everywhere
 
@@ -181,8 +187,7 @@ def _mix_gradients(grad, q, k, right, scale, basis, fused) -> tuple[Tensor, Tens
 
 def _wide_gradients(grad, q, k, v, coef, weight, y, scale, basis, fused):
     coef = wide(coef)
-    mixing = _mixing(coef, basis, fused)
-    right = _right(v, coef if mixing is None else coef @ mixing[1], weight)  # beside the maps in phi'
+    right = _right(v, _beside_maps(coef, basis, fused, slopes=True), weight)
     modular, dv, dweight = weight is not None, None, None
     if modular:
         grad, y, weight, v = _alike(fused, grad, y, weight, v)
@@ -195,10 +200,10 @@ def _wide_gradients(grad, q, k, v, coef, weight, y, scale, basis, fused):
     if v is None or modular:
         dcoef = dright[0].permute(0, 3, 2, 1)
     else:
-        beside = coef if mixing is None else coef @ mixing[0]
-        dv = einsum(beside, dright, "h n q F, B h F q d -> B h n d")
+        dv = einsum(_beside_maps(coef, basis, fused), dright, "h n q F, B h F q d -> B h n d")
         dcoef = einsum(wide(v), dright, "B h n d, B h F q d -> h n q F")
-    return dq, dk, dv, dcoef if mixing is None else dcoef @ mixing[0].mT, dweight
+    mixing = None if fused else basis.mixing()
+    return dq, dk, dv, dcoef if mixing is None else dcoef @ mixing[0].to(dcoef).mT, dweight
 
 
 # ---- for torch.compile ----------------------------------------------------------------------------------------------
