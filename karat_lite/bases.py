@@ -30,6 +30,9 @@ def register_basis(name: str):
     Raises `TypeError` if the class is neither, `ValueError` if another class already has the name.
     """
 
+    if not isinstance(name, str):
+        raise TypeError(f'@register_basis("name") takes the name of the basis, got {name!r}: put it in brackets.')
+
     def decorate(cls):
         if not (isinstance(cls, type) and issubclass(cls, Basis)):
             raise TypeError(f"basis {name!r} must be a subclass of LinearBasis or EdgeBasis, got {cls!r}.")
@@ -58,6 +61,7 @@ def make_basis(basis: "str | Basis", grid: int = 3, **options) -> "Basis":
     if isinstance(basis, Basis):
         if options:
             raise TypeError(f"{basis!r} is made already: give {', '.join(options)} where it is made, or its name here.")
+        basis.check_once()
         return basis
     cls = _REGISTRY[one_of("basis", basis, available_bases())]
     try:
@@ -66,7 +70,7 @@ def make_basis(basis: "str | Basis", grid: int = 3, **options) -> "Basis":
         if options and "unexpected keyword" in str(error):
             raise TypeError(f"basis {basis!r} does not take all of {', '.join(options)}: {error}.") from None
         raise
-    made._check()
+    made.check_once()
     return made
 
 
@@ -107,8 +111,14 @@ class Basis:
 
     def __new__(cls, *args, **kwargs):
         made = super().__new__(cls)
-        given = inspect.signature(cls.__init__).bind_partial(made, *args, **kwargs).arguments
-        made.options = dict(list(given.items())[2:])  # but for self and the grid
+        signature = inspect.signature(cls.__init__)
+        given, names = signature.bind_partial(made, *args, **kwargs).arguments, list(signature.parameters)
+        made.options = {}
+        for name, value in given.items():
+            if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                made.options |= value
+            elif name != names[0] and name != ("grid" if "grid" in names else names[1]):
+                made.options[name] = value
         return made
 
     def __init__(self, grid: int):
@@ -139,20 +149,33 @@ class Basis:
 
     def derivative(self, x: Tensor, coef: Tensor) -> Tensor:
         """phi'(x), shapes as in `evaluate`; a number, not a graph: nothing can be differentiated through it."""
-        x = x.detach().expand(torch.broadcast_shapes(x.shape, coef.shape[:-1])).clone().requires_grad_()
-        with torch.enable_grad():  # each value depends on its own x alone, so the gradient of their sum is phi'
-            return torch.autograd.grad(self.evaluate(x, coef.detach()).sum(), x)[0]
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().expand(torch.broadcast_shapes(x.shape, coef.shape[:-1])).clone().requires_grad_()
+            # Each value depends on its own x alone, so the gradient of their sum is phi'.
+            return torch.autograd.grad(self.evaluate(x, coef.detach().clone()).sum(), x)[0]
 
     def with_base(self, base: str) -> "Basis":
         """The same basis with one parameter more per edge, last: the weight of the base activation b(x)."""
         raise NotImplementedError
 
+    def check_once(self) -> None:
+        """Raise `ValueError` where the class contradicts itself (its maps or its shapes): looked at once an object."""
+        if not getattr(self, "_checked", False):
+            self._check()
+            self._checked = True
+
     def _check(self) -> None:
-        """Raise `ValueError` where a registered class contradicts itself (its maps or its shapes)."""
+        pass
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"{type(self).__name__}(grid={self.grid}{options})"
+
+
+def refuse_second_base(basis: Basis, base: str) -> None:
+    """`ValueError` for a basis that has a base activation."""
+    if hasattr(basis, "base"):
+        raise ValueError(f"{basis!r} has the base activation {basis.base!r}: {base!r} cannot be a second one.")
 
 
 def typical_scores() -> tuple[Tensor, Tensor]:
@@ -330,6 +353,7 @@ class _LinearWithBase(LinearBasis):
     """The maps of a linear basis and one more, the base activation b(x)."""
 
     def __init__(self, basis: LinearBasis, base: str):
+        refuse_second_base(basis, base)
         super().__init__(basis.grid)
         self.name, self.options, self.basis, self.base = basis.name, basis.options, basis, base
 

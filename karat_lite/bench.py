@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None, sizes: Sizes | None = None) -> None:
     """Measure, write the JSON whole, draw it. `sizes` in place of the device's own, for tests."""
     args = _parser().parse_args(argv)
     device = pick_device(args.device)
+    if device.type == "cuda":  # the one whose memory is counted and whose work is waited for
+        torch.cuda.set_device(device)
     path = args.results or Path("data/results") / f"bench_{'cpu' if device.type == 'cpu' else 'gpu'}.json"
     figure = args.figure or path.with_suffix(".png")
     if not args.draw:

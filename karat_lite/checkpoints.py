@@ -15,7 +15,7 @@ import torch
 
 from .bases import available_bases
 from .checks import one_of
-from .vit import VisionTransformer, create_model
+from .vit import VisionTransformer, check_as_built, create_model
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "data" / "checkpoints"
 
@@ -25,7 +25,7 @@ def save_checkpoint(path: str | Path, model: VisionTransformer, card: dict | Non
 
     The card holds the model's configuration, library versions, and what `card` adds (data, seed, recipe, metrics:
     anything JSON can say). A tensor that all blocks share (universal mode) is stored once. `ValueError` for another
-    file ending, or a model that `create_model` did not build.
+    file ending, or a model that `create_model` did not build, or that was changed since.
     """
     from safetensors.torch import save_model
 
@@ -33,8 +33,10 @@ def save_checkpoint(path: str | Path, model: VisionTransformer, card: dict | Non
     if path.suffix != ".safetensors":
         raise ValueError(f"a checkpoint's name ends in .safetensors, got {path.name!r}.")
     versions = {"python": platform.python_version(), "torch": torch.__version__}
+    model = getattr(model, "_orig_mod", model)  # of torch.compile(model): the same weights under the same names
     if not getattr(model, "config", None):
         raise ValueError("only a model that create_model built knows its configuration and can be saved with a card.")
+    check_as_built(model)
     text = json.dumps({**(card or {}), "format": 1, "config": model.config, "versions": versions}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: save_model(model, str(temporary), metadata={"karat_lite": text}))
@@ -45,7 +47,7 @@ def save_checkpoint(path: str | Path, model: VisionTransformer, card: dict | Non
 def load_checkpoint(path_or_name: str | Path, model: VisionTransformer | None = None) -> tuple[VisionTransformer, dict]:
     """Load a checkpoint by path, or a committed one by name: (model in eval mode, card).
 
-    Without `model` one is built from the card's configuration; a given `model` must have that configuration.
+    Without `model` one is built from the card's configuration, in float32; a given one must have that configuration.
     Raises `FileNotFoundError` for a path or name that is not there, `ValueError` for a file that is damaged, is no
     safetensors file, carries no card, or holds another configuration than `model`.
     """
@@ -72,7 +74,8 @@ def load_checkpoint(path_or_name: str | Path, model: VisionTransformer | None = 
             f"(@register_basis({basis!r})) first. There are {', '.join(available_bases())}."
         )
     if model is None:
-        model = create_model(**card["config"])
+        with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
+            model = create_model(**card["config"])
     elif model.config != card["config"]:
         mine, its = model.config, card["config"]
         keys = [key for key in {**mine, **its} if mine.get(key) != its.get(key)]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .bases import BASE_ACTIVATIONS, Basis, register_basis, typical_scores
+from .bases import BASE_ACTIVATIONS, Basis, refuse_second_base, register_basis, typical_scores
 from .checks import at_least
 
 
@@ -26,6 +26,12 @@ class EdgeBasis(Basis):
     """
 
     rest: tuple[float, ...] = ()  # where the parameters after w start
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if ("evaluate" in own or "psi" in own) and not ("pull" in own or "psi_and_slope" in own):
+            cls.pull = EdgeBasis.pull  # a parent's slopes are those of the parent's functions
 
     @property
     def num_parameters(self) -> int:
@@ -293,6 +299,7 @@ class _EdgeWithBase(EdgeBasis):
     """An edge basis plus a weight times the base activation b(x)."""
 
     def __init__(self, basis: EdgeBasis, base: str):
+        refuse_second_base(basis, base)
         super().__init__(basis.grid)
         self.name, self.options, self.basis, self.base = basis.name, basis.options, basis, base
 

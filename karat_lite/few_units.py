@@ -24,8 +24,8 @@ def pays(x: Tensor, layer: nn.Module) -> bool:
 
     Yes for at most d / 2 units a head in w_phi, the recompute backend, float32 or float64 on a CPU. Not under autocast,
     where Y would be rounded to half precision, and not on a GPU, where nobody has measured it. The projections must be
-    plain `nn.Linear` with a bias and without hooks, and the operator's `attend` its own: who replaces or watches them
-    (adapters, pruning, a probe) wants to see them run.
+    plain `nn.Linear` with a bias and without hooks of their own, and the operator's `attend` its own: who replaces or
+    watches them (adapters, pruning, a probe) wants to see them run.
     """
     operator = layer.activation
     if not isinstance(operator, KArAtOperator) or operator.weight is None or operator.order != "w_phi":
@@ -38,6 +38,8 @@ def pays(x: Tensor, layer: nn.Module) -> bool:
         return False
     if 2 * operator.rank * operator.num_heads > x.shape[-1] or x.dtype not in (torch.float32, torch.float64):
         return False
+    if any(p.dtype != x.dtype for p in operator.parameters()):
+        return False
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     return all(_plain(m) and m.weight.dtype == x.dtype for m in (layer.qkv, layer.proj))
@@ -45,7 +47,8 @@ def pays(x: Tensor, layer: nn.Module) -> bool:
 
 def _plain(m: nn.Module) -> bool:
     hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-    return type(m) is nn.Linear and m.bias is not None and not any(hooks)
+    replaced = "forward" in vars(m) or any(hooks)
+    return type(m) is nn.Linear and m.bias is not None and not replaced
 
 
 def attend_tokens(x: Tensor, layer: nn.Module) -> Tensor:

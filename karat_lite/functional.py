@@ -44,8 +44,14 @@ def apply_operator(x: Tensor, basis: Basis, coef: Tensor) -> Tensor:
 
     Linear basis: a contraction over q and f. The maps psi_f are evaluated once per score, and no array of p copies of x
     ever exists. Edge basis: as many columns q at a time as make `AT_ONCE` numbers, at least one, and nothing of them is
-    kept for the backward pass: for scores of any size that matters no such array exists there either.
+    kept for the backward pass: for scores of any size that matters no such array exists there either. Nothing is
+    rounded under autocast.
     """
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        return _apply_operator(x, basis, coef)
+
+
+def _apply_operator(x: Tensor, basis: Basis, coef: Tensor) -> Tensor:
     if not isinstance(basis, LinearBasis):
         columns, theta = rearrange(x, "B h k q -> h q 1 (B k)"), rearrange(coef, "h p q P -> h q p 1 P")
         some = max(1, AT_ONCE // max(1, columns[:, 0].numel() * coef.shape[1]))
@@ -88,14 +94,15 @@ def mix_values(x: Tensor, basis: Basis, coef: Tensor, v: Tensor) -> Tensor:
     """O_k = sum_n A_kn V_n with A_kn = sum_q phi_nq(x_kq): x (B, h, k, q), coef (h, n, q, F), v (B, h, n, d).
 
     Linear basis: O = sum_f psi_f(x) U_f with U_f = c_f^T V, values mixed over tokens: A is never formed. Edge basis:
-    A V.
+    A V. Nothing is rounded under autocast.
     """
-    if not isinstance(basis, LinearBasis):
-        return apply_operator(x, basis, coef) @ v
-    out = v.new_zeros(())
-    for f, psi in basis.maps(x):
-        out = out + psi @ (coef[..., f].transpose(-2, -1) @ v)
-    return out
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        if not isinstance(basis, LinearBasis):
+            return apply_operator(x, basis, coef) @ v
+        out = v.new_zeros(())
+        for f, psi in basis.maps(x):
+            out = out + psi @ (coef[..., f].transpose(-2, -1) @ v)
+        return out
 
 
 def activate(scores: Tensor, basis: Basis, coef: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -130,8 +137,8 @@ def karat_attention(
             "contraction"  the same numbers without the activated map, readable; keeps scores and maps for the backward
                            pass. Any basis; can be differentiated twice.
             "recompute"    keeps q, k, v, coef, weight and Y alone, computes the rest again, block by block. Any linear
-                           basis, any device; differentiable once (torch.func.grad of Fourier too; for other
-                           transforms of torch.func take "contraction").
+                           basis, any device; differentiable once (torch.func.grad of Fourier without base
+                           activation, too; for other bases and transforms of torch.func take "contraction").
             "triton"       the same, for the Fourier basis on a GPU, in fused kernels: scores never reach its memory.
             "auto"         (default) "triton" on a GPU where it can serve, else "recompute" for a linear basis, else
                            "contraction".
@@ -142,7 +149,9 @@ def karat_attention(
     """
     one_of("backend", backend, (*BACKENDS, "auto"))
     _check_shapes(q, k, v, basis, coef, weight)
-    _check_kinds(q=q, k=k, v=v, coef=coef, weight=weight)
+    check_kinds(q=q, k=k, v=v, coef=coef, weight=weight)
+    if isinstance(scale, Tensor):
+        raise TypeError("scale must be a number, got a tensor: multiply q by a factor that is learned.")
     backend = choose_backend(backend, basis, q, coef)
     if backend in ("recompute", "triton"):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -222,7 +231,8 @@ class _ProjectSimplex(torch.autograd.Function):
         count = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype, device=y.device)
         surplus = ordered.cumsum(dim=-1) - 1
         rho = (ordered * count > surplus).sum(dim=-1, keepdim=True)  # >= 1: 0 > 0 - 1
-        return (y - surplus.gather(-1, rho - 1) / rho).clamp(min=0)
+        # rho = 0 in rows that hold NaN, which compiled code does not refuse: they stay NaN.
+        return (y - surplus.gather(-1, (rho - 1).clamp(min=0)) / rho).clamp(min=0)
 
     @staticmethod
     def setup_context(ctx, inputs, x):
@@ -263,14 +273,12 @@ def _check_shapes(q, k, v, basis, coef, weight) -> None:
         raise TypeError(
             f"basis must be an object, as karat_lite.bases.make_basis('fourier', grid=3) makes, got {basis!r}."
         )
-    for name, x in dict(q=q, k=k, v=v, coef=coef, weight=weight).items():
+    if not torch.compiler.is_compiling():
+        basis.check_once()
+    for name, x in dict(coef=coef, weight=weight).items():
         if not isinstance(x, Tensor) and not (name == "weight" and x is None):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must have shape (B, h, N, d), got {tuple(x.shape)}.")
-    if not (q.shape == k.shape and q.shape[:3] == v.shape[:3]):
-        raise ValueError(f"q, k and v must share (B, h, N): got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}.")
+    check_tokens(q, k, v)
     h, n, r = q.shape[1], q.shape[2], coef.shape[1] if coef.ndim == 4 else "r"
     expected = (h, r if weight is not None else n, n, basis.num_parameters)
     if tuple(coef.shape) != expected:
@@ -284,7 +292,18 @@ def _check_shapes(q, k, v, basis, coef, weight) -> None:
         raise ValueError(f"weight must be (h, N, r) = {(h, n, r)}, got {tuple(weight.shape)}.")
 
 
-def _check_kinds(**tensors: Tensor | None) -> None:
+def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise `TypeError` or `ValueError` unless q, k and v are (B, h, N, d) for the same images, heads and tokens."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
+        if x.ndim != 4 or 0 in x.shape[1:]:
+            raise ValueError(f"{name} must have shape (B, h, N, d), h, N and d at least 1, got {tuple(x.shape)}.")
+    if not (q.shape == k.shape and q.shape[:3] == v.shape[:3]):
+        raise ValueError(f"q, k and v must share (B, h, N): got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}.")
+
+
+def check_kinds(**tensors: Tensor | None) -> None:
     """One device; one type, once float16 and bfloat16 have become float32."""
     there = {name: x for name, x in tensors.items() if x is not None}
     for what in ("device", "type"):

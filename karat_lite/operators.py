@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .bases import BASE_ACTIVATIONS, Basis, make_basis, wide
+from .bases import BASE_ACTIVATIONS, Basis, LinearBasis, make_basis, wide
 from .checks import a_flag, at_least, one_of
 from .functional import apply_operator, mix_values, project_simplex
 from .recompute import recompute
@@ -43,10 +43,11 @@ class KArAtOperator(nn.Module):
                     average N values with nearly equal weights.
     All three speak of the learned part. A base activation starts with weight 1 whatever `init` says, as in KAN, and
     adds what it gives: little while scores are small, more than the learned part once they are of size 1, and in the
-    orders other than w_phi much from the start.
+    orders other than w_phi much from the start. Rational functions have heavy tails: their variance comes out up to
+    three times as large, in phi_phi, where tails meet tails, ten to some hundred times.
 
-    `backend` (an attribute, "auto") is that of `functional.karat_attention`; set it at any time. It governs w_phi, full
-    rank and phi_w; phi_phi and `simplex` are computed one way.
+    `backend` (an attribute, "auto") is that of `functional.karat_attention`; set it at any time. It governs w_phi and
+    full rank; phi_w has "recompute" and "triton" beside one other way, phi_phi and `simplex` are computed one way.
 
     One operator serves one token count N: its units belong to token positions; `resized` makes one for another grid.
     """
@@ -153,6 +154,8 @@ class KArAtOperator(nn.Module):
         With `simplex` each row is positive or zero, and its sum 1.
         """
         self._check_tokens(scores)
+        if scores.shape[3] != self.num_tokens:
+            raise ValueError(f"scores must be (B, h, N, N), N = {self.num_tokens} here, got {tuple(scores.shape)}.")
         with torch.autocast(device_type=scores.device.type, enabled=False):
             x, stage = wide(scores), ""
             if self.order == "phi_w":
@@ -170,8 +173,11 @@ class KArAtOperator(nn.Module):
         The activated map is not formed, but under `simplex`, which needs whole rows.
         """
         self._check_tokens(q)
-        if self.order == "w_phi" and not self.simplex:
+        if self.order == "w_phi" and not self.simplex:  # all else is checked there
             return functional.karat_attention(q, k, v, *self.units(), self.weight, backend=self.backend)
+        functional.check_tokens(q, k, v)
+        functional.check_kinds(q=q, k=k, v=v, coef=self.coef)
+        one_of("backend", self.backend, (*functional.BACKENDS, "auto"))
         if self.order == "phi_w" and not self.simplex:
             basis, coef = self.units()
             backend = functional.choose_backend(self.backend, basis, q, coef)
@@ -197,11 +203,14 @@ class KArAtOperator(nn.Module):
         By the recompute backend, whatever `backend` says; so for a linear basis, and for orders that begin with units.
         """
         self._check_tokens(q)
+        if self.order == "phi_w" or not isinstance(self.basis, LinearBasis):
+            raise ValueError(f"sums of units come from a linear basis before any mixing, got {self}.")
         return recompute(q, k, None, *self.units(), None, scale=q.shape[-1] ** -0.5)
 
     @torch.no_grad()
     def curve(self, x: Tensor, head: int, p: int, q: int, stage: str = "") -> Tensor:
         """The learned function phi_pq of one head at the points x (n,) -> (n,); stage "2" is Phi2 of phi_phi."""
+        one_of("stage", stage, ("", "2") if self.order == "phi_phi" else ("",))
         basis, coef = self.units(stage)
         h, units, inputs, _ = coef.shape
         for name, index, size in (("head", head, h), ("p", p, units), ("q", q, inputs)):
@@ -216,8 +225,10 @@ class KArAtOperator(nn.Module):
         All token axes are summed over, so patch entries are multiplied by old / new patch counts on each of them: the
         sums keep their size. `backend` and what is frozen stay as they are. Raises `ValueError` where the present grid
         is not square with a class token, the new one has fewer tokens than `rank`, and for base activations without
-        `edge_scales`, whose weight 1 cannot shrink.
+        `edge_scales`, whose weight 1 cannot shrink; `TypeError` for a subclass, which must say what it is made of.
         """
+        if type(self) is not KArAtOperator:
+            raise TypeError(f"resized makes a KArAtOperator, and this is a {type(self).__name__}: define its own.")
         with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
             new = KArAtOperator(
                 self.num_heads, at_least("side", side, 1) ** 2 + 1, self.basis, rank=self.rank, init=self.init,

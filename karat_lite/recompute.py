@@ -62,7 +62,7 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _=None):
         *tensors, y = ctx.saved_tensors  # read once: activation checkpointing hands them over a single time
-        return _once(grad, tensors, _gradients(grad, *tensors, y, *ctx.rest))
+        return _once(grad, tensors, _gradients(grad, *tensors, y, *ctx.rest, wanted=ctx.needs_input_grad[:5]))
 
 
 class _InTorchFunc(_Recompute):
@@ -124,12 +124,12 @@ def _attend(q, k, v, coef, weight, scale, basis, fused) -> tuple[Tensor, Tensor 
     return out.to(q.dtype if v is None else v.dtype), None if weight is None else y
 
 
-def _gradients(grad, q, k, v, coef, weight, *rest) -> list[Tensor | None]:
-    """Those of q, k, v, coef and weight; None for what is not there."""
+def _gradients(grad, q, k, v, coef, weight, *rest, wanted=(True,) * 5) -> list[Tensor | None]:
+    """Those of q, k, v, coef and weight; None for what is not there, or not wanted and not computed beside others."""
     tensors = (q, k, v, coef, weight)
     with torch.no_grad(), _no_autocast(grad):
-        grads = _wide_gradients(grad, *tensors, *rest)
-        return [None if x is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=True)]
+        grads = _wide_gradients(grad, *tensors, *rest, wanted)
+        return [None if x is None or g is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=True)]
 
 
 def _no_autocast(x: Tensor):
@@ -185,9 +185,8 @@ def _mix_gradients(grad, q, k, right, scale, basis, fused) -> tuple[Tensor, Tens
     return blocked.mix_gradients(grad, wide(q), wide(k), right, scale, basis)
 
 
-def _wide_gradients(grad, q, k, v, coef, weight, y, scale, basis, fused):
+def _wide_gradients(grad, q, k, v, coef, weight, y, scale, basis, fused, wanted):
     coef = wide(coef)
-    right = _right(v, _beside_maps(coef, basis, fused, slopes=True), weight)
     modular, dv, dweight = weight is not None, None, None
     if modular:
         grad, y, weight, v = _alike(fused, grad, y, weight, v)
@@ -195,7 +194,10 @@ def _wide_gradients(grad, q, k, v, coef, weight, y, scale, basis, fused):
         du = y.mT @ grad
         # Products image by image, then their sum: one product over images and channels would copy V once more.
         dv, dweight = weight @ du, (v @ du.mT).sum(dim=0, dtype=torch.promote_types(v.dtype, torch.float32))
+        if not (wanted[0] or wanted[1] or wanted[3]):  # what learns stands behind Y: no score is needed
+            return None, None, dv, None, dweight
         grad = grad @ (weight.mT @ v).mT  # that of Y
+    right = _right(v, _beside_maps(coef, basis, fused, slopes=True), weight)
     dq, dk, dright = _mix_gradients(grad if fused and modular else wide(grad), q, k, right, scale, basis, fused)
     if v is None or modular:
         dcoef = dright[0].permute(0, 3, 2, 1)

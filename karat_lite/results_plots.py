@@ -4,6 +4,7 @@ A variant is what such a table calls "attention": softmax, karat, or what differ
 Figures write KArAt for karat.
 """
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -59,10 +60,12 @@ def accuracy_by_setting(accuracies: Mapping[str, Mapping[float, Sequence[float]]
     """Final accuracy over a setting, such as the learning rate, on a logarithmic axis: a mark for every seed.
 
     accuracies: model -> value of the setting -> accuracies in [0, 1], one a seed. A line goes through the means, and
-    each model's best mean is written beside it.
+    each model's best mean is written beside it. Models stand a little side by side at a value, or twins would hide each
+    other.
     """
     need_mapping("accuracies", accuracies)
     figure, (axes,) = sheet(1, 1, (5.6, 3.0), margins=(0.65, 0.2, 0.55, 0.35))
+    aside = []
     for i, (name, by_value) in enumerate(accuracies.items()):
         need_mapping(f"accuracies of {name!r}", by_value)
         for value in by_value:
@@ -79,10 +82,14 @@ def accuracy_by_setting(accuracies: Mapping[str, Mapping[float, Sequence[float]]
         best, look = int(np.argmax(means)), style(i)
         said = f"{name}: best mean {means[best]:.1f} % at {values[best]:g}"
         axes.plot(values, means, linewidth=2, label=said, **look)
-        for value, each in zip(values, seeds, strict=True):
-            axes.plot([value] * len(each), each, "os^Dv"[i % 5], color=look["color"], markeredgecolor="white")
-    axes.set_xscale("log")
+        aside.append((values, seeds, look["color"]))
     marks = sorted({value for by_value in accuracies.values() for value in by_value})
+    step = min([high / low for low, high in itertools.pairwise(marks)], default=2.0) ** 0.05
+    for i, (values, seeds, colour) in enumerate(aside):
+        for value, each in zip(values, seeds, strict=True):
+            at = value * step ** (i - (len(aside) - 1) / 2)
+            axes.plot([at] * len(each), each, "os^Dv"[i % 5], color=colour, markeredgecolor="white")
+    axes.set_xscale("log")
     axes.set_xticks(marks, [f"{value:g}" for value in marks])
     axes.xaxis.set_minor_locator(NullLocator())
     label_axes(axes, across, "test accuracy (%)")

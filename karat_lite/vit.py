@@ -3,6 +3,7 @@
 Parameters are named as in timm, so that a timm ViT's weights load name by name.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -138,6 +139,9 @@ class VisionTransformer(nn.Module):
             raise TypeError(
                 f"images must be floating point, got {x.dtype}: karat_lite.data.normalise(images) makes them."
             )
+        own = self.pos_embed.dtype
+        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"this model computes in {own}, got images in {x.dtype}: take images.to({own}).")
         if self.training and x.device.type == "cuda":
             return
         # A sum is finite only if (barring overflow) every term is; one number to look at instead of a mask of booleans.
@@ -220,9 +224,20 @@ def create_model(
             )
         model.config.update(basis=basis.name, rank=rank, init=init, edge_scales=edge_scales, grid=basis.grid, mode=mode)
         # Only what is not the default: cards from before these options still describe the same model.
-        said = {**options, "basis_options": basis.options, "softmax_heads": softmax[0], "softmax_layers": softmax[1]}
+        options["basis_options"] = _as_json(basis)
+        said = {**options, "softmax_heads": softmax[0], "softmax_layers": softmax[1]}
         model.config.update({key: value for key, value in said.items() if value and value != "w_phi"})
     return model
+
+
+def _as_json(basis: Basis) -> dict:
+    """A basis's options as a card gives them back: lists for tuples. `TypeError` for what JSON cannot say."""
+    try:
+        return json.loads(json.dumps(basis.options))
+    except TypeError as error:
+        raise TypeError(
+            f"a model's card is JSON, which cannot say the options of {basis!r} ({error}): give numbers, text, lists."
+        ) from None
 
 
 def _softmax_parts(attention, softmax_heads, softmax_layers, num_heads: int, depth: int) -> tuple[list, list]:
@@ -258,14 +273,31 @@ def _put_operators(model: VisionTransformer, args: dict, mode: str, softmax_head
     return made
 
 
+def check_as_built(model: VisionTransformer) -> None:
+    """Raise `ValueError` unless the model has the tensors that `create_model(**model.config)` gives it.
+
+    A file or another size is made from the configuration, and would lose a head, say, that was put in afterwards.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        expected = {name: tuple(x.shape) for name, x in create_model(**model.config).state_dict().items()}
+    found = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    if odd := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
+        raise ValueError(
+            f"this model is not as create_model built it: {odd[0]} is {found.get(odd[0], 'not there')}, its "
+            f"configuration says {expected.get(odd[0], 'nothing of it')}. Build a model with what you need "
+            "(num_classes=..., attention=...), or save the weights by safetensors.torch.save_model."
+        )
+
+
 @torch.no_grad()
 def resize(model: VisionTransformer, img_size: int) -> VisionTransformer:
     """The same model for images of another size: positions and operators are interpolated to the new token grid.
 
     Nothing is trained. At equal size all numbers stay the same. The patch size stays, so N changes; sums over tokens
     keep their size (`KArAtOperator.resized`). Operators' backends and what is frozen stay. Raises `ValueError` where
-    the image cannot be cut, for static mixers, and see there.
+    the image cannot be cut, for static mixers, for models that were changed since `create_model`, and see there.
     """
+    check_as_built(model)
     if any(isinstance(block.attn.activation, StaticMixer) for block in model.blocks):
         raise ValueError("a static mixer is bound to its tokens and is not resized: train one at the new size.")
     with torch.random.fork_rng(devices=[]):  # what it draws is overwritten

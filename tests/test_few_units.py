@@ -114,6 +114,19 @@ def without_bias(name):
     return made
 
 
+def watched(how):
+    made = layer()
+    getattr(made.qkv, how)(lambda *given: None)
+    return made
+
+
+def another_forward():
+    made = layer()
+    usual = made.proj.forward
+    made.proj.forward = lambda x: 2 * usual(x)
+    return made
+
+
 ASIDE = {
     "more than d / 2 units": lambda: layer(rank=17),
     "full rank": lambda: layer(rank=None),
@@ -127,6 +140,9 @@ ASIDE = {
     "a projection that is pruned": pruned,
     "queries without a bias": lambda: without_bias("qkv"),
     "an output without a bias": lambda: without_bias("proj"),
+    "a projection whose gradient is watched": lambda: watched("register_full_backward_hook"),
+    "a projection whose gradient is watched before": lambda: watched("register_full_backward_pre_hook"),
+    "a projection that computes in another way": another_forward,
     "an operator that attends in its own way": derived,
     "an operator whose attend was replaced": patched,
 }
@@ -159,6 +175,9 @@ def test_steps_aside_under_autocast_and_for_half_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not taken(made, x) and made(x).dtype == torch.bfloat16
     assert not taken(made.bfloat16(), x.bfloat16())
+    made = layer().float()
+    made.activation.half()  # coefficients may be half as wide as the rest
+    assert not taken(made, x) and made(x).isfinite().all()
 
 
 def test_a_hook_still_sees_the_projections():

@@ -182,7 +182,7 @@ def test_an_empty_batch_gives_an_empty_output(rank, backend):
 
 def test_shapes_that_do_not_fit_are_named():
     q, k, v, coef, weight = draw(5, 3, 2)
-    with pytest.raises(ValueError, match=r"q must have shape \(B, h, N, d\), got \(3, 5, 4\)"):
+    with pytest.raises(ValueError, match=r"q must have shape \(B, h, N, d\), .* got \(3, 5, 4\)"):
         karat_attention(q[0], k, v, Fourier(2), coef, weight)
     with pytest.raises(ValueError, match=r"must share .*\(2, 3, 4, 4\)"):
         karat_attention(q, k[:, :, :4], v, Fourier(2), coef, weight)

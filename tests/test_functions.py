@@ -138,6 +138,8 @@ def test_powers_by_degree_in_cases_worked_out_by_hand():
     assert np.allclose(fn.powers_by_degree(functions, x), truth)
     assert np.allclose(fn.powers_by_degree(functions, x, degree=0), [[4, 0], [4, 2 / 3], [0, 2], [0, 0]])
     assert np.allclose(fn.powers_by_degree([1.0, 5.0, 3.0], x, [1, 0, 1]), [4, 1, 0, 0]), "never asked at 2"
+    assert np.allclose(fn.powers_by_degree([1.0, 3.0], [0.0, 1.0]), [4, 1, 0, 0]), "two points have no parabola"
+    assert np.allclose(fn.powers_by_degree([3.0], [1.0]), [9, 0, 0, 0])
     grid, weights = np.linspace(-0.5, 3, 50), np.random.default_rng(0).random(50)
     many = np.random.default_rng(1).standard_normal((2, 3, 50))
     found = fn.powers_by_degree(many, grid, weights)
@@ -301,3 +303,8 @@ def test_bad_input_is_named(case):
     call, words = BAD[case]
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_points_of_a_histogram_rise():
+    with pytest.raises(ValueError, match="points must rise"):
+        fn.scores_seen(made(), images()).weights([3.0, 1.0, 2.0], 0, 0)

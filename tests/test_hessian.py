@@ -109,8 +109,15 @@ def test_lanczos_on_known_matrices():
     found = top_eigenvalues(lambda v: late * v, 10_000, 1, progress=False)
     assert found.values[0] == pytest.approx(2, abs=1e-3) and found.converged
     assert not top_eigenvalues(lambda v: late * v, 10_000, 1, iterations=1, progress=False).converged
-    with pytest.raises(ValueError, match="only 2 eigenvalues are known, asked for 3"):
+    with pytest.raises(ValueError, match="nothing is left: H has 2 different eigenvalues .*asked for 3"):
         top_eigenvalues(lambda v: ones @ v, 7, 3, like=like, progress=False)
+
+
+def test_a_product_where_nothing_records():
+    model, (images, labels) = tiny().double(), batch()
+    wanted = hessian_spectrum(model, images.double(), labels, 1, progress=False).values
+    with torch.no_grad():
+        assert np.array_equal(hessian_spectrum(model, images.double(), labels, 1, progress=False).values, wanted)
 
 
 def test_the_sharpest_direction_is_one():

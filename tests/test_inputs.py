@@ -10,7 +10,7 @@ from karat_lite.analysis.content import ablate
 from karat_lite.analysis.directions import principal_directions
 from karat_lite.analysis.hessian import hessian_spectrum
 from karat_lite.analysis.inputs import parts
-from karat_lite.analysis.landscape import batch_loss, path_losses
+from karat_lite.analysis.landscape import batch_loss, path_losses, rise
 from karat_lite.analysis.maps import class_token_maps
 
 IMAGES, LABELS = batch()
@@ -66,3 +66,15 @@ def test_a_double_model_is_judged_in_double():
         assert line.loss == pytest.approx(F.cross_entropy(model(images), LABELS).item(), rel=1e-12)
         first = steps.model(0).double()(images)
     assert found.own[0] == pytest.approx(F.cross_entropy(first, LABELS).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_is_looked_at_and_has_no_landscape(kind):
+    model = tiny("karat")
+    wanted = class_token_maps(model, IMAGES)
+    with pytest.raises(TypeError, match=f"computes in {kind}, got images in torch.float32: take images.to"):
+        class_token_maps(model.to(kind), IMAGES)
+    found = class_token_maps(model, IMAGES.to(kind))
+    assert (found.maps - wanted.maps).norm() < 0.05 * wanted.maps.norm() and found.pushes.dtype == torch.float32
+    with pytest.raises(ValueError, match="a small step from a weight is lost to rounding: take model.float()"):
+        rise(model, IMAGES.to(kind), LABELS)

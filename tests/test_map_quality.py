@@ -116,7 +116,7 @@ def test_a_patch_is_filled_with_the_mean_colour_or_with_what_is_left_of_it_when_
     assert (blurred[0, 0, 8, 5:11] - normal[5:11]).abs().max() < 0.02
 
 
-def test_curves_of_a_real_model_start_and_end_where_they_must():
+def test_curves_of_a_real_model_start_and_end_where_they_must(monkeypatch):
     torch.manual_seed(0)
     model = kl.create_model("vit_pico", img_size=8, patch_size=2, depth=2).eval()
     x = torch.rand(3, 3, 8, 8) * 2 - 1
@@ -131,6 +131,8 @@ def test_curves_of_a_real_model_start_and_end_where_they_must():
     assert torch.equal(curves.insertion[:, -1], curves.deletion[:, 0])
     back = deletion_insertion(model, x, -maps, steps=4, fill="blur")
     assert torch.allclose(back.deletion, deletion_insertion(model, x, maps, 4, "blur").insertion.flip(1), atol=1e-6)
+    monkeypatch.setattr(mq, "BATCH", 2)  # the third image's patches go in its own order
+    assert torch.allclose(deletion_insertion(model, x, maps, 3, "blur").deletion, curves.deletion, atol=1e-6)
 
 
 def test_baselines():

@@ -241,14 +241,18 @@ def test_a_second_derivative_is_refused_with_advice():
     assert torch.autograd.grad(slope.sum(), tensors[0])[0].abs().max() > 0
 
 
-def test_gradients_only_where_asked():
-    """A frozen operator, or frozen projections: no gradient arises for what needs none."""
-    basis = kl.make_basis("fourier", 2)
+@pytest.mark.parametrize("learns", range(5))
+def test_gradients_only_where_asked(learns, monkeypatch):
+    """Of q, k, v, coef, weight one alone: its gradient is what it was, and no block is seen where V or W learn."""
+    basis, calls, compute = kl.make_basis("fourier", 2), [], blocked.mix_gradients
+    monkeypatch.setattr(blocked, "mix_gradients", lambda *args: calls.append(1) or compute(*args))
     tensors = draw(1, 2, 4, 3, 2, basis)
-    q, *others = (x.detach() for x in tensors)
-    q.requires_grad_()
-    karat_attention(q, *others[:2], basis, *others[2:], backend="recompute").sum().backward()
-    assert q.grad is not None and all(x.grad is None for x in others)
+    wanted = value_and_gradients(tensors, basis, "reference")[1 + learns]
+    single = [x.detach().requires_grad_(i == learns) for i, x in enumerate(tensors)]
+    out = karat_attention(*single[:3], basis, *single[3:], backend="recompute")
+    weights = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).view(out.shape)
+    (out * weights).sum().backward()
+    assert error(single[learns].grad, wanted) <= 1e-10 and len(calls) == (learns in (0, 1, 3))
 
 
 @pytest.mark.parametrize(

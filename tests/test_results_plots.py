@@ -91,13 +91,15 @@ def test_variants_can_be_called_something_else_and_long_names_keep_to_their_colu
 def test_accuracy_over_a_setting_has_every_seed_and_the_best_mean():
     rates = {"softmax": {0.002: [0.5, 0.6], 0.001: [0.6, 0.7]}, "karat": {0.001: [0.4], 0.002: [0.2]}}
     axes = accuracy_by_setting(rates, "learning rate").axes[0]
-    line, *seeds = axes.lines[:3]
+    line, *seeds = axes.lines[0], *axes.lines[2:4]
     assert line.get_xdata().tolist() == [0.001, 0.002] and np.allclose(line.get_ydata(), [65, 55])
     assert [sorted(mark.get_ydata().tolist()) for mark in seeds] == [[60, 70], [50, 60]]
     assert [line.get_label() for line in axes.lines if "best" in line.get_label()] == [
         "softmax: best mean 65.0 % at 0.001", "karat: best mean 40.0 % at 0.001"
     ]  # fmt: skip
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.001", "0.002"]
+    twins = [min(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "None"]
+    assert len(set(twins)) == len(twins) and max(abs(np.log(np.array(twins) / 0.001))) < 1, "side by side, all near"
     with pytest.raises(ValueError, match="no place for rate = 0: values must be positive"):
         accuracy_by_setting({"a": {0.0: [0.1]}}, "rate")
 

@@ -19,7 +19,8 @@ SMALL = dict(img_size=8, num_classes=10)
 
 def put(home, data="digits", variant="karat", seed=0, name=None, epoch=1, without=(), **options):
     """A run as karat_lite.train leaves it, without its training."""
-    card = {"data": data, "img_size": 8, "seed": seed, "metrics": {"epoch": epoch, "test_accuracy": 0.5}}
+    card = {"data": data, "seed": seed, "metrics": {"epoch": epoch, "test_accuracy": 0.5}}
+    card["img_size"] = options.get("img_size", 8)
     card = {key: value for key, value in card.items() if key not in without}
     card["recipe"] = {"epochs": 1, "label_smoothing": 0.1}
     model = tiny("softmax" if variant == "softmax" else "karat", seed, **{**SMALL, **options})
@@ -49,6 +50,9 @@ def test_runs_by_dataset_variant_and_seed(tmp_path):
         find_runs(tmp_path, "a")
     shutil.rmtree(tmp_path / "a_softmax_seed0")
     assert find_runs(tmp_path) == find_runs(tmp_path, "c", elsewhere=True) == found
+    put(tmp_path, "a_b", "karat_fourier", 3, img_size=12)
+    with pytest.raises(ValueError, match="fourier_seed3 has images of 12 pixels, .*seed10 of 8: one table holds"):
+        find_runs(tmp_path)
 
 
 COMMANDS = {"map_quality": map_quality, "content_table": content_table, "landscape_table": landscape_table}

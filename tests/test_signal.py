@@ -17,7 +17,7 @@ def rms(x):
 def test_sizes_against_what_hooks_see(attention, options):
     torch.manual_seed(0)
     model = kl.create_model("vit_pico", attention, img_size=8, patch_size=2, depth=3, **{"rank": 4, **options}).eval()
-    images, seen = torch.randn(5, 3, 8, 8), {"into": [], "values": [], "out": []}
+    images, seen = torch.rand(5, 3, 8, 8) * 2 - 1, {"into": [], "values": [], "out": []}
     for block in model.blocks:
         block.register_forward_pre_hook(lambda module, given: seen["into"].append(given[0]))
         block.attn.qkv.register_forward_hook(lambda module, given, out: seen["values"].append(out[..., 128:]))
@@ -53,7 +53,7 @@ def test_the_three_starts_in_a_model():
     [
         (torch.zeros(2, 3, 16, 16), r"images of shape \(B, 3, 8, 8\), got \(2, 3, 16, 16\)"),
         (torch.full((2, 3, 8, 8), float("nan")), "NaN or infinity in 2 of 2 images"),
-        (torch.zeros(0, 3, 8, 8), "at least one image"),
+        (torch.zeros(0, 3, 8, 8), "at least 1 image"),
     ],
 )
 def test_images_that_do_not_fit_are_named(images, words):
@@ -80,3 +80,16 @@ def test_the_command_line_measures_signals_through_a_training(tmp_path):
     assert first["karat variance depth 2"] > 2 * first["karat softmax depth 2"]
     with pytest.raises(ValueError, match="--signal measures at logged steps: add --log-every STEPS"):
         main([*options.split(), "--signal"])
+
+
+def test_a_model_without_numbers_and_one_without_scores():
+    model = kl.create_model("vit_pico", "karat", img_size=8, patch_size=2, depth=2, rank=4)
+    images = torch.zeros(2, 3, 8, 8)
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight.zero_()
+        model.blocks[0].attn.qkv.bias.zero_()
+    assert signal_sizes(model, images)["attention"][0] == 0  # of values that are all 0
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite: .*blocks.1"):
+        signal_sizes(model, images)

@@ -78,5 +78,5 @@ def test_folders_that_make_no_table_are_named(runs, tmp_path):
     assert len(spectrum_table.seeds_table(tmp_path, images=2, data="digits")["runs"]) == 1
     larger = {**card, "img_size": 16, "seed": 1}
     kl.save_checkpoint(tmp_path / "digits_karat_seed1" / "model.safetensors", model, larger)
-    with pytest.raises(ValueError, match="digits_karat_seed1 has images of 16 pixels, others of 8"):
+    with pytest.raises(ValueError, match="digits_karat_seed1 has images of 16 pixels, digits_karat_seed0 of 8"):
         spectrum_table.seeds_table(tmp_path, images=2, data="digits")

@@ -249,6 +249,9 @@ def map_shares(model: VisionTransformer, images: Tensor, batch_size: int = BATCH
     position    mean over b of A_kn, less m  rows of their own for the queries, the same for all images
     content     the rest                     what differs from image to image
 
+    Shares of these images: a mean over n of them keeps 1/n of what differs between them, so that "content" is (n - 1)/n
+    of what ever more images would give. Compare shares that come from equally many.
+
     Of a head whose maps are all 0 there is nothing to share out: 0, 0, 0.
     """
     checked(model, images, least=2)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..checkpoints import write_whole
 from ..checks import at_least, run_command
-from ..data import load_dataset
+from ..data import load_dataset, name_of
 from ..trajectory import FILE, load_trajectory
 from .content import CHANGES, ablate, map_shares, through_training
 from .cost import machine
@@ -32,18 +32,16 @@ def tabulate(runs: Path, data: str, limit: int | None = None, calibrate: int = 5
     calibrate: training images for "mean over images", at least 2. The course of a training comes from the first seed
     whose folder holds a trajectory. Raises as `find_runs` does, and `ValueError` for too few images.
     """
-    source, data = data, Path(data).name
+    source, data = data, name_of(data)
     at_least("--calibrate", calibrate, 2)
     found: dict[str, list] = {}
-    courses, sets = {}, {}
-    for run in find_runs(runs, data):
+    courses, there = {}, find_runs(runs, data)
+    size = there[0].card["img_size"]
+    images, labels = load_dataset(source, "test", img_size=size, limit=limit)[:]
+    calibration = load_dataset(source, "train", img_size=size, limit=calibrate)[:][0]
+    for run in there:
         say(run.folder.name)
         model, name = run.model(), run.variant
-        size = model.img_size
-        if size not in sets:
-            test = load_dataset(source, "test", img_size=size, limit=limit)[:]
-            sets[size] = *test, load_dataset(source, "train", img_size=size)[:calibrate][0]
-        images, labels, calibration = sets[size]
         found.setdefault(name, []).append(_judge(model, images, labels, calibration) | {"seed": run.seed})
         if name not in courses and (run.folder / FILE).is_file():
             course = through_training(
@@ -51,7 +49,6 @@ def tabulate(runs: Path, data: str, limit: int | None = None, calibrate: int = 5
             )
             courses[name] = {"seed": run.seed, "images": len(images[:COURSE]), "steps": course.steps.tolist()}
             courses[name] |= {"accuracy": {change: _plain(values) for change, values in course.accuracy.items()}}
-    size, (images, _, calibration) = next(iter(sets.items()))
     about = {"name": data, "test": len(images), "calibration": len(calibration), "img_size": size}
     table = {name: _over_seeds(each) for name, each in found.items()}
     return {"machine": machine(), "data": about, "table": table, "training": courses}

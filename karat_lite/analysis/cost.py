@@ -22,7 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..checks import at_least, one_of
 
 # Operations whose every output number costs a series, not one multiplication; FlopCounterMode counts them as nothing.
-TRANSCENDENTAL = {"cos", "sin", "exp", "tanh", "_softmax", "gelu", "silu", "erf", "sigmoid", "log", "pow", "rsqrt"}
+TRANSCENDENTAL = set(
+    "cos sin tan exp exp2 expm1 tanh sinh cosh _softmax _log_softmax softplus gelu gelu_backward silu silu_backward "
+    "erf sigmoid log log1p pow sqrt rsqrt".split()
+)
 
 
 def kept_bytes(run: Callable[[], Tensor], given: Iterable[Tensor] = ()) -> int:
@@ -217,9 +220,11 @@ def _middle(values: list[float]) -> tuple[float, float, float]:
 
 
 def finish() -> None:
-    """Wait until a GPU, if there is one, has done what it was told to do: a call returns before its work is done."""
+    """Wait until the current GPU, if there is one, has done its work: a call returns before that."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
 
 
 def peak_memory(run: Callable[[], object], device: str | torch.device = "cpu", *, warm_up: bool = True) -> int | None:
@@ -232,10 +237,10 @@ def peak_memory(run: Callable[[], object], device: str | torch.device = "cpu", *
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier runs left in the heap would serve this one unseen
         with open("/proc/self/clear_refs", "w") as reset:

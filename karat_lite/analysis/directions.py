@@ -52,7 +52,7 @@ class Directions:
             d = self.along[name].cpu().double().flatten(1)  # Apple's devices know no float64
             x = (trajectory.weights[name].cpu().double() - at.cpu().double()).flatten(1)
             gram, products = gram + d @ d.T, products + x @ d.T
-        return torch.linalg.solve(gram, products.T).T.numpy()
+        return torch.linalg.lstsq(gram, products.T, driver="gelsd").solution.T.numpy()  # also of dependent directions
 
 
 def principal_directions(trajectory: Trajectory, count: int = 2) -> Directions:
@@ -117,7 +117,8 @@ def filter_norms(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _norms(name: str, x: Tensor) -> Tensor:
     if x.ndim < 2:
         return torch.ones_like(x)
-    own = 2 if ".activation." in name or x.ndim == 3 else 1  # leading axes that count filters
+    # Leading axes that count filters: coefficients have four axes, as a convolution has.
+    own = 2 if x.ndim == 3 or name.split(".")[-1].startswith("coef") else 1
     return torch.linalg.vector_norm(x, dim=tuple(range(own, x.ndim)), keepdim=True)
 
 

@@ -100,6 +100,8 @@ class Scores(NamedTuple):
         Each point takes what lies between it and the middles to its neighbours, of a bin its part.
         """
         x = np.asarray(x, dtype=float)
+        if x.ndim != 1 or (np.diff(x) < 0).any():
+            raise ValueError(f"points must rise, as np.linspace(-3, 3, 121) does, got {x}.")
         cells = np.r_[-np.inf, (x[1:] + x[:-1]) / 2, np.inf]
         return np.diff(np.interp(cells, self.edges, np.r_[0.0, np.cumsum(self.shares[layer, head])]))
 
@@ -203,6 +205,7 @@ def powers_by_degree(functions, x, weights=None, degree: int = 2) -> np.ndarray:
     polynomials, triangle = np.linalg.qr(powers * root[:, None])
     size = np.abs(np.diag(triangle))
     polynomials[:, size < 1e-9 * size.max()] = 0.0  # fewer points with weight than degrees
+    polynomials = np.pad(polynomials, ((0, 0), (0, degree + 1 - polynomials.shape[1])))  # or fewer points than that
     parts = (functions * root) @ polynomials
     total = (functions * root) ** 2 @ np.ones(len(x))
     rest = np.maximum(total - (parts**2).sum(axis=-1), 0)

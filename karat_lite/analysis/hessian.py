@@ -73,9 +73,12 @@ def hessian_product(
         # The fused kernels of softmax attention have no second derivative either; the formula has.
         with sdpa_kernel(SDPBackend.MATH):
             for some, answers in zip(images.split(chunk), labels.split(chunk), strict=True):
-                loss = F.cross_entropy(model(some), answers, reduction="sum", label_smoothing=smoothing) / len(images)
-                slopes = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
-                slope = sum((g * x).sum() for g, x in zip(slopes, pieces, strict=True) if g.requires_grad)
+                with torch.enable_grad():
+                    loss = F.cross_entropy(model(some), answers, reduction="sum", label_smoothing=smoothing)
+                    slopes = torch.autograd.grad(
+                        loss / len(images), parameters, create_graph=True, materialize_grads=True
+                    )
+                    slope = sum((g * x).sum() for g, x in zip(slopes, pieces, strict=True) if g.requires_grad)
                 total += _flat(torch.autograd.grad(slope, parameters, materialize_grads=True))
         return total if scale is None else scale * total
 
@@ -101,10 +104,10 @@ def top_eigenvalues(
     The residual of a pair is beta_m |s_m|, s its eigenvector in the tridiagonal matrix. It stops when it has
     converged, or after `iterations` products.
 
-    converged: nothing is left of the space; or, after at least count + `SPARE` products, all residuals are <= tolerance
-        |lambda_1|, and the last product has moved no value by more than that. A small residual says that an eigenvalue
-        is near, not that it is the largest: where the start has little of the sharpest direction in it, it is not seen
-        in the first products.
+    converged: nothing is left of the space that the start reaches (an eigenvalue that a matrix has several times is in
+        it once); or, after at least count + `SPARE` products, all residuals are <= tolerance |lambda_1|, and the last
+        product has moved no value by more than that. A small residual says that an eigenvalue is near, not that it is
+        the largest: where the start has little of the sharpest direction in it, it is not seen in the first products.
     like: a tensor whose type and device the vectors take.
 
     Raises `ValueError` for products that are not finite.
@@ -142,6 +145,11 @@ def top_eigenvalues(
             if enough or exhausted or len(alphas) >= iterations:
                 break
             found.append(new / betas[-1])
+    if len(alphas) < count and exhausted:
+        raise ValueError(
+            f"after {len(alphas)} products nothing is left: H has {len(alphas)} different eigenvalues (each is found "
+            f"once, however often H has it), asked for {count}: ask for fewer."
+        )
     if len(alphas) < count:
         raise ValueError(
             f"after {len(alphas)} products only {len(alphas)} eigenvalues are known, asked for {count}: give more "

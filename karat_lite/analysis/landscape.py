@@ -196,7 +196,10 @@ def grid_around(coordinates, points: int = 15, margin: float = 0.3) -> tuple[np.
     Both axes are equally long, so that a square figure shows angles as they are. margin: what is added on each side, as
     a share of the larger of the path's two ranges.
     """
-    at = np.vstack([np.asarray(coordinates, dtype=float)[:, :2], [[0.0, 0.0]]])
+    coordinates = np.asarray(coordinates, dtype=float)
+    if coordinates.ndim != 2 or coordinates.shape[1] < 2:
+        raise ValueError(f"a plane needs two coordinates of each snapshot, (T, 2) or more, got {coordinates.shape}.")
+    at = np.vstack([coordinates[:, :2], [[0.0, 0.0]]])
     low, high = at.min(axis=0), at.max(axis=0)
     half = (0.5 + margin) * ((high - low).max() or 1.0)
     return tuple(np.linspace(middle - half, middle + half, points) for middle in (low + high) / 2)
@@ -243,6 +246,11 @@ def _axis(what: str, values) -> np.ndarray:
 def _ready(model: nn.Module, directions: Directions) -> Directions:
     """The directions, checked, on the device and in the type of the model's weights."""
     own = dict(model.named_parameters())
+    if half := [name for name, x in own.items() if x.dtype in (torch.float16, torch.bfloat16)]:
+        raise ValueError(
+            f"{half[0]} is {own[half[0]].dtype}, in which a small step from a weight is lost to rounding: take "
+            "model.float() for losses along directions."
+        )
     check_fits("model", own, directions.origin)
     check_finite(directions.origin)
     check_finite(directions.along)

@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
+from ..bases import wide
 from ..checks import at_least, one_of
 from ..data import normalise, read_image, to_square
 from ..functional import attention_scores
 from ..not_finite import first_not_finite
 from ..vit import VisionTransformer
-from .inputs import whole_numbers
+from .inputs import checked, whole_numbers
 
 KINDS = ("scores", "attention", "dominant", "added", "rollout", "direct", "regions")
 SIGNS = ("signed", "absolute")
@@ -129,8 +130,7 @@ def class_token_maps(
     classes, tokens, dim = model.head.out_features, *model.pos_embed.shape[1:]
     one = tokens * max(dim * len(model.blocks), tokens * model.blocks[0].attn.num_heads)  # numbers of one image
     at_once = max(1, min(at_least("batch_size", batch_size, 1), AT_ONCE // one))
-    if images.ndim != 4 or len(images) == 0:
-        raise ValueError(f"expected images (B, {model.in_chans}, H, W), B >= 1, got shape {tuple(images.shape)}.")
+    checked(model, images)
     if target is not None:
         given, target = target, target.long()
         fits = target.shape == images.shape[:1] and whole_numbers(given)
@@ -152,14 +152,13 @@ def class_token_maps(
 def _look(model: VisionTransformer, images: Tensor, target: Tensor | None) -> ClassTokenMaps:
     found: dict[str, list[Tensor]] = {key: [] for key in ("scores", "maps", "own", "head_sizes", "added")}
     taken, roll = [], {signs: _Rollout(signs) for signs in SIGNS}
-    model.check_images(images)
     tokens = model.embed(images)
     for block in model.blocks:
         h = block.attn.num_heads
         q, k, v = rearrange(block.attn.qkv(block.norm1(tokens)), "B N (three h d) -> three B h N d", three=3, h=h)
         scores = attention_scores(q, k)
-        maps = block.attn.activation.activate(scores)
-        w_o = rearrange(block.attn.proj.weight, "D (h d) -> h d D", h=h)
+        maps, v = block.attn.activation.activate(scores), wide(v)
+        w_o = rearrange(wide(block.attn.proj.weight), "D (h d) -> h d D", h=h)
         row = maps[:, :, 0]  # (B, h, N)
         heads = einsum(einsum(row, v, "B h q, B h q d -> B h d"), w_o, "B h d, h d D -> B h D")
         u = einsum(row.unsqueeze(-1) * v, w_o, "B h q d, h d D -> B q D")[:, 1:]
@@ -172,13 +171,13 @@ def _look(model: VisionTransformer, images: Tensor, target: Tensor | None) -> Cl
         for each in roll.values():
             each.add(maps)
         tokens = block(tokens)
-    cls = tokens[:, 0]
-    logits = model.head(model.norm(cls))
+    logits, cls = wide(model.head(model.norm(tokens[:, 0]))), wide(tokens[:, 0])
     if not logits.isfinite().all():
         raise ValueError(f"the model's answer is not finite: {first_not_finite(model, images)}.")
     target = logits.argmax(dim=-1) if target is None else target.to(logits.device)
     std = (cls.var(dim=-1, unbiased=False) + model.norm.eps).sqrt()
-    rho = model.norm.weight * (model.head.weight[target] - model.head.weight.mean(dim=0))  # (B, D)
+    head = wide(model.head.weight)
+    rho = wide(model.norm.weight) * (head[target] - head.mean(dim=0))  # (B, D)
     rho = (rho - rho.mean(dim=-1, keepdim=True)) / std.unsqueeze(-1)
     pushes = torch.stack([einsum(u, rho, "B q D, B D -> B q") for u in taken], dim=1)
     effects = [einsum(u, g, "B q D, B D -> B q") for u, g in zip(taken, _gradients(model, images, target), strict=True)]
@@ -205,7 +204,7 @@ def _gradients(model: VisionTransformer, images: Tensor, target: Tensor) -> tupl
     hooks = [block.attn.register_forward_hook(add(zero)) for block, zero in zip(model.blocks, zeros, strict=True)]
     try:
         with torch.enable_grad():
-            return torch.autograd.grad(_margin(model(images), target).sum(), zeros)
+            return tuple(map(wide, torch.autograd.grad(_margin(model(images), target).sum(), zeros)))
     finally:
         for hook in hooks:
             hook.remove()

@@ -126,9 +126,10 @@ class Model(Rival):
 
     def __init__(self, name: str, case: Case, device: torch.device, img_size: int, compiler: str = "inductor"):
         softmax = name in ("softmax", "sdpa")
-        torch.manual_seed(0)
         options = dict(attention="softmax") if softmax else dict(grid=case.G, rank=None if case.r == case.N else case.r)
-        model = create_model(case.model, img_size=img_size, patch_size=16, num_classes=1000, **options).to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = create_model(case.model, img_size=img_size, patch_size=16, num_classes=1000, **options).to(device)
         for operator in model.operators():
             operator.backend = name
         for block in model.blocks:

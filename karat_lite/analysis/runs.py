@@ -32,8 +32,9 @@ def find_runs(folder: str | Path, data: str | None = None, elsewhere: bool = Fal
     where none was trained on this one.
 
     Raises `FileNotFoundError` for a folder without runs; `ValueError` for a checkpoint whose card tells of no training,
-    no run of this dataset or runs of several, and among those that are wanted for one that is not finished, or whose
-    folder is not called by its dataset and seed (a copy, which would count as another seed).
+    no run of this dataset or runs of several, and among those that are wanted for one that is not finished, whose
+    folder is not called by its dataset and seed (a copy, which would count as another seed), or whose images have
+    another size than those of the first.
     """
     files = sorted(Path(folder).glob(f"*/{MODEL}"))
     if not files:
@@ -53,6 +54,12 @@ def find_runs(folder: str | Path, data: str | None = None, elsewhere: bool = Fal
         )
     wanted = data if data in names else names[0]
     found = [_run(path, card) for path, card in cards.items() if card["data"] == wanted]
+    for run in found:
+        if (size := run.card["img_size"]) != found[0].card["img_size"]:
+            raise ValueError(
+                f"the run {run.folder.name} has images of {size} pixels, {found[0].folder.name} of "
+                f"{found[0].card['img_size']}: one table holds runs of one size, give each a folder of its own."
+            )
     return sorted(found, key=lambda run: (run.variant, run.seed))
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..functional import attention_scores
 from ..vit import VisionTransformer
+from .inputs import checked, must_be_finite
 
 
 @torch.no_grad()
@@ -18,18 +19,17 @@ def signal_sizes(model: VisionTransformer, images: Tensor) -> dict[str, list[flo
         apart       share of the stream's power that tells tokens of one image apart (the rest is the tokens' mean);
                     1 + L numbers
 
-    images (B, 3, H, W), B >= 1, on the model's device. Raises `ValueError` where they do not fit the model or are not
-    finite.
+    images (B, 3, H, W) in [-1, 1], B >= 1, on the model's device. Raises `ValueError` where they do not fit the model,
+    and for a model whose numbers are not finite.
     """
-    model.check_images(images)
-    if len(images) == 0:
-        raise ValueError("signal_sizes needs at least one image, got none.")
+    checked(model, images)
+    must_be_finite(model, images, model(images))
     tokens = model.embed(images)
     found: dict[str, list[float]] = {"scores": [], "attention": [], "stream": [], "apart": []}
 
     def look(tokens: Tensor) -> None:
         found["stream"].append(_rms(tokens))
-        found["apart"].append((_rms(tokens - tokens.mean(dim=1, keepdim=True)) / _rms(tokens)) ** 2)
+        found["apart"].append(_share(_rms(tokens - tokens.mean(dim=1, keepdim=True)), _rms(tokens)) ** 2)
 
     look(tokens)
     for block in model.blocks:
@@ -37,10 +37,14 @@ def signal_sizes(model: VisionTransformer, images: Tensor) -> dict[str, list[flo
             block.attn.qkv(block.norm1(tokens)), "B N (three h d) -> three B h N d", three=3, h=block.attn.num_heads
         )
         found["scores"].append(_rms(attention_scores(q, k)))
-        found["attention"].append(_rms(block.attn.activation.attend(q, k, v)) / _rms(v))
+        found["attention"].append(_share(_rms(block.attn.activation.attend(q, k, v)), _rms(v)))
         tokens = block(tokens)
         look(tokens)
     return found
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0  # of nothing
 
 
 def _rms(x: Tensor) -> float:

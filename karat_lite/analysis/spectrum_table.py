@@ -17,7 +17,7 @@ import numpy as np
 
 from ..checkpoints import write_whole
 from ..checks import at_least, run_command
-from ..data import load_dataset
+from ..data import load_dataset, name_of
 from ..trajectory import FILE, load_trajectory
 from .cost import machine
 from .runs import find_runs
@@ -37,29 +37,21 @@ def seeds_table(folder: str | Path, images: int = 64, data: str | None = None, r
         ranks     model -> measure -> "before" | "after" -> {"mean": L numbers, "std": L numbers}
         weights   model -> kind -> "count", and "std", "kurtosis", "beyond4", "moved" -> {"mean": 3 numbers, "std": 3}
                   at the first, middle and last snapshot; where a number is not defined it is None
-    Raises as `find_runs` does, and `ValueError` for runs with images of several sizes.
+    Raises as `find_runs` does.
     """
     at_least("images", images, 1)
-    runs, sets = [], {}
-    for run in find_runs(folder, None if data is None else Path(data).name):
-        model, size = run.model(), run.card["img_size"]
-        if sets and size not in sets:
-            raise ValueError(
-                f"the run {run.folder.name} has images of {size} pixels, others of {next(iter(sets))}: one table holds "
-                "runs of one size."
-            )
-        if size not in sets:
-            sets[size] = load_dataset(data or run.data, "test", img_size=size, limit=images)
-        shown = sets[size][: len(sets[size])][0]
+    found_runs, runs = find_runs(folder, data and name_of(data)), []
+    size = found_runs[0].card["img_size"]
+    shown = load_dataset(data or found_runs[0].data, "test", img_size=size, limit=images)[:][0]
+    for run in found_runs:
         trajectory = run.folder / FILE
-        ranks = rank_table(spectra(model, shown), rank)
+        ranks = rank_table(spectra(run.model(), shown), rank)
         history = tail_table(load_trajectory(trajectory)) if trajectory.is_file() else None
         line = {"run": run.folder.name, "model": run.variant, "seed": run.seed}
         line |= {"accuracy": run.card["metrics"]["test_accuracy"], "ranks": ranks, "weights": history}
         runs.append(line)
-    ((size, shown),) = sets.items()
     names = dict.fromkeys(run["model"] for run in runs)
-    found = {"data": {"name": data or run.data, "images": len(shown), "img_size": size}, "rank": rank}
+    found = {"data": {"name": run.data, "images": len(shown), "img_size": size}, "rank": rank}
     for part in ("ranks", "weights"):
         of_model = {model: [run[part] for run in runs if run["model"] == model and run[part]] for model in names}
         found[part] = {model: _over_seeds(tables) for model, tables in of_model.items() if tables}

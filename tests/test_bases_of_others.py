@@ -1,0 +1,155 @@
+"""What a class derived from a basis, or an object without a name, computes: what it says, or a clear refusal."""
+
+import pytest
+import torch
+
+import karat_lite as kl
+from karat_lite.bases import _REGISTRY, LinearBasis, basis_from_key, make_basis
+from karat_lite.edge_bases import DOG, Wavelet
+from karat_lite.functional import apply_operator, karat_attention
+
+
+class Tanh(DOG):
+    psi = staticmethod(torch.tanh)
+
+
+class Three(DOG):
+    def evaluate(self, x, coef):
+        return 3 * super().evaluate(x, coef)
+
+
+class Bump(Wavelet):
+    @staticmethod
+    def psi(x):
+        return torch.exp(-x.square())
+
+
+class Shifted(LinearBasis):
+    """Raw maps that are not its maps."""
+
+    num_features = 1
+
+    def maps(self, x):
+        yield 0, x
+
+    def write(self, x, out):
+        out[0].copy_(x + 1)
+
+    def mixing(self):
+        return torch.ones(1, 1), torch.zeros(1, 1)
+
+
+class Short(LinearBasis):
+    """One map less than it says."""
+
+    num_features = 3
+
+    def maps(self, x):
+        yield from ((0, x), (1, x * x))
+
+
+class Late(LinearBasis):
+    """An option, and a grid that need not be given."""
+
+    num_features = 1
+
+    def __init__(self, grid=3, speed=1.0):
+        super().__init__(grid)
+        self.speed = speed
+
+    def maps(self, x):
+        yield 0, torch.sin(self.speed * x)
+
+
+class Loose(Late):
+    def __init__(self, grid, **options):
+        super().__init__(grid, **options)
+
+
+@pytest.mark.parametrize("cls", [Tanh, Three, Bump])
+def test_slopes_are_those_of_the_class_and_not_of_its_parent(cls):
+    torch.manual_seed(0)
+    basis = cls(3)
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    coef = torch.randn(1, 3, 4, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 1, 4, 3, dtype=torch.float64)
+    found = torch.autograd.grad((apply_operator(x, basis, coef) * weights).sum(), (x, coef))
+    units = basis.evaluate(x.unsqueeze(3), coef[:, None].unsqueeze(0))  # (B, h, k, p, q)
+    wanted = torch.autograd.grad((units.sum(dim=-1) * weights).sum(), (x, coef))
+    for mine, its in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-10, atol=1e-12)
+    assert MexicanHat.pull is Wavelet.pull, "a class with slopes of its own keeps the quick way"
+
+
+MexicanHat = type(make_basis("mexican_hat"))
+
+
+@pytest.mark.parametrize("cls, message", [(Shifted, "what `write` and `mixing` make"), (Short, "once for each f in 0")])
+def test_an_object_is_looked_at_like_a_name(cls, message):
+    q, basis = torch.randn(1, 1, 5, 4), cls(1)
+    coef = torch.randn(1, 3, 5, basis.num_features)
+    for use in (lambda: make_basis(cls(1)), lambda: karat_attention(q, q, q, cls(1), coef, torch.randn(1, 5, 3))):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+GIVEN = {
+    "by name alone": (Late, lambda: Late(speed=2.0)),
+    "by name": (Late, lambda: Late(3, speed=2.0)),
+    "by place": (Late, lambda: Late(3, 2.0)),
+    "as what else is given": (Loose, lambda: Loose(3, speed=2.0)),
+}
+
+
+@pytest.mark.parametrize("how", GIVEN)
+def test_options_are_kept_however_they_are_given(how, tmp_path):
+    cls, make = GIVEN[how]
+    kl.register_basis("late")(cls)
+    try:
+        basis = make()
+        assert basis.options == {"speed": 2.0} and basis_from_key(basis.key).speed == 2.0
+        model = kl.create_model("vit_pico", basis=basis, img_size=8, patch_size=4, rank=2, depth=1)
+        again, _ = kl.load_checkpoint(kl.save_checkpoint(tmp_path / "m.safetensors", model))
+        assert again.operators()[0].basis.speed == 2.0
+    finally:
+        del _REGISTRY["late"]
+
+
+def test_options_that_no_card_can_say_are_refused_before_a_training():
+    kl.register_basis("late")(Late)
+    try:
+        with pytest.raises(TypeError, match="a model's card is JSON, which cannot say the options"):
+            kl.create_model(
+                "vit_pico", basis=Late(speed=torch.tensor(2.0)), img_size=8, patch_size=4, rank=2, depth=1
+            )
+    finally:
+        del _REGISTRY["late"]
+
+
+@pytest.mark.parametrize("name", ["fourier", "dog"])
+def test_one_base_activation_is_enough(name):
+    with pytest.raises(ValueError, match="has the base activation 'silu': 'gelu' cannot be a second one"):
+        make_basis(name).with_base("silu").with_base("gelu")
+
+
+def test_a_name_in_brackets():
+    with pytest.raises(TypeError, match="takes the name of the basis, got <class .*put it in brackets"):
+        kl.register_basis(Late)
+
+
+def test_a_slope_while_nothing_records():
+    x, coef = torch.linspace(-2, 2, 9), torch.randn(3)
+    wanted = make_basis("dog").derivative(x, coef)
+    with torch.inference_mode():
+        found = make_basis("dog").derivative(torch.linspace(-2, 2, 9), coef)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["fourier", "dog"])
+def test_autocast_rounds_no_function(name):
+    basis, x = make_basis(name), torch.randn(1, 2, 5, 5)
+    coef, v = torch.randn(2, 5, 5, basis.num_parameters), torch.randn(1, 2, 5, 4)
+    for use in (lambda: apply_operator(x, basis, coef), lambda: kl.functional.mix_values(x, basis, coef, v)):
+        wanted = use()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(use(), wanted)
