@@ -102,7 +102,7 @@ def timm_transform(recipe: Recipe, img_size: int, training: bool, mirrors: bool 
     """timm's transform from a PIL picture to (3, img_size, img_size) in [-1, 1], with the recipe's settings.
 
     mirrors: whether a picture may be mirrored at all (`data.mirrors`). Raises `ValueError` for an `auto_augment` that
-    timm cannot read.
+    timm refuses; parts of one that it does not know it may pass over.
     """
     # timm's own means and deviations are ImageNet's; ours make [-1, 1] of every picture.
     options = dict(input_size=img_size, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)

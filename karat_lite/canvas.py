@@ -3,6 +3,7 @@
 All colours are set here, opaque on white, so that a page's or a reader's dark style leaves no black on black.
 """
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 
@@ -170,6 +171,12 @@ def legend(axes, **options) -> None:
     axes.legend(**look, **options)
 
 
+def release(figure) -> None:
+    """Make pyplot forget a figure: it would keep its own, and show them a second time."""
+    if isinstance(figure, Figure) and "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close(figure)
+
+
 def show_pixels(axes, picture: np.ndarray, **options) -> None:
     """An image or matrix that fills its axes, every entry a block."""
     axes.imshow(picture, interpolation="nearest", aspect="auto", **options)
@@ -186,7 +193,8 @@ def colour_scale(values: np.ndarray, signed: bool | None) -> ScalarMappable:
     if signed or (signed is None and values.min() < 0):
         largest = np.abs(values).max() or 1.0
         return ScalarMappable(Normalize(-largest, largest), SIGNED)
-    return ScalarMappable(Normalize(min(0.0, values.min()), values.max() or 1.0), POSITIVE)
+    low, high = min(0.0, values.min()), values.max()
+    return ScalarMappable(Normalize(low, high if high > low else low + 1.0), POSITIVE)
 
 
 def colour_bar(figure: Figure, colours: ScalarMappable, place, label: str) -> None:

@@ -35,7 +35,7 @@ def run_command(main) -> None:
     """Call `main` as a command: what its user can mend is told in one line, without a traceback."""
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 

@@ -36,6 +36,7 @@ def changes_figure(models: Mapping[str, Mapping[str, Sequence[float]]], chance: 
     left = 0.2 + 0.085 * max(map(len, names))
     figure, (axes,) = sheet(1, 1, (5.6, 0.46 * len(names)), margins=(left, 0.2, 0.55, 0.4))
     if chance is not None:
+        as_shares("chance", [chance])
         axes.axvline(100 * chance, color="#8a8a8a", linewidth=1, linestyle=(0, (2, 2)))
         axes.annotate("guessing", (100 * chance, -0.5), (3, -3), textcoords="offset points", fontsize=8,
                       color="#6a6a6a", va="top")  # fmt: skip
@@ -95,13 +96,15 @@ def places_figure(models: Mapping[str, np.ndarray], label: str = "accuracy (%)")
     rows, columns = (max(grid.shape[i] for grid in grids.values()) for i in (0, 1))
     panel = (max(0.9, min(2.6, 0.6 * columns, (WIDTH - 1.6) / len(grids) - 0.35)), 0.36 * rows)
     figure, panels = sheet(1, len(grids), panel, margins=(0.6, 0.85, 0.5, 0.35), gaps=(0.35, 0))
-    colours = colour_scale(np.concatenate([grid.ravel() for grid in grids.values()]), None)
+    every = np.concatenate([grid.ravel() for grid in grids.values()])
+    colours, largest = colour_scale(every, None), np.abs(every).max()
     for axes, (model, grid) in zip(panels, grids.items(), strict=True):
         show_pixels(axes, grid, cmap=colours.cmap, norm=colours.norm)
         for (layer, head), value in np.ndenumerate(grid):
             dark = np.dot(colours.cmap(colours.norm(value))[:3], (0.299, 0.587, 0.114)) < 0.5
             look = dict(ha="center", va="center", fontsize=8, color="white" if dark else INK)
-            axes.text(head, layer, f"{value:.0f}" if abs(value) >= 9.95 else f"{value:.1f}", **look)
+            digits = 0 if abs(value) >= 9.95 else 1 if largest >= 0.95 else 3
+            axes.text(head, layer, f"{round(value, digits) + 0.0:.{digits}f}", **look)
         axes.set_title(model, fontsize=10, color=INK)
         axes.set_xticks(range(grid.shape[1]) if grid.shape[1] > 1 else [])
         axes.set_yticks(range(grid.shape[0]))

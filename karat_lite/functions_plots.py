@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -29,6 +30,7 @@ from .canvas import (
 from .checks import at_least
 
 THIN = 4  # functions of a unit that are drawn as thin lines
+STILL = 1e-4  # relative changes below this are drawn there: what did not move has no logarithm
 ROUNDING = 5e-4  # relative: what half precision leaves of a snapshot's numbers
 
 
@@ -202,12 +204,13 @@ def motion_figure(motion, layers: Sequence[int] | None = None) -> Figure:
             lines = as_array(part, lines, 2)
             for j, line in enumerate(lines.T):
                 look = dict(color=in_order(j, len(layers)), linestyle=LINES[i % len(LINES)], linewidth=1.8)
-                axes.plot(at, line, label=f"{part}, layer {layers[j]}" if axes is panels[0] else None, **look)
+                name = f"{part}, layer {layers[j]}" if axes is panels[0] else None
+                axes.plot(at, line if axes is panels[0] else np.maximum(line, STILL), label=name, **look)
     label_axes(panels[0], "step of training", "distance from the start / start")
     label_axes(panels[1], "step of training", "change since the last snapshot")
     panels[0].set_ylim(bottom=0)
     panels[1].set_yscale("log")
-    panels[1].set_ylim(bottom=max(1e-4, panels[1].get_ylim()[0]))
+    panels[1].set_ylim(max(STILL, panels[1].get_ylim()[0]), max(3 * ROUNDING, panels[1].get_ylim()[1]))
     panels[1].axhspan(1e-9, ROUNDING, color="#ececec", zorder=0)
     panels[1].annotate("rounding of snapshots", (steps[1], ROUNDING), (2, 2), textcoords="offset points",
                        va="bottom", fontsize=8, color=INK)  # fmt: skip
@@ -236,9 +239,10 @@ def function_history(x, histories: Mapping[str, np.ndarray], steps: Sequence[int
         raise ValueError(f"{wrong[0]!r} must be ({len(steps)}, {len(x)}) for these steps and x, got "
                          f"{stacks[wrong[0]].shape}.")  # fmt: skip
     colours = colour_scale(np.array([0.0, max(steps)]), False)
+    colours.set_cmap(ListedColormap(colours.cmap(np.linspace(0, 0.92, 256))))  # its lightest are hard to see as lines
     reach = 1.05 * max(np.abs(values).max() for values in stacks.values()) or 1.0
     for axes, (name, values) in zip(panels, stacks.items(), strict=True):
-        shades = colours.cmap(0.92 * colours.norm(np.asarray(steps, dtype=float)))
+        shades = colours.to_rgba(np.asarray(steps, dtype=float))
         for line, shade, last in zip(values, shades, np.arange(len(steps)) == len(steps) - 1, strict=True):
             axes.plot(x, line, color=shade, linewidth=2.4 if last else 1.2)
         axes.axhline(0, color=INK, linewidth=0.7)

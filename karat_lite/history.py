@@ -14,8 +14,8 @@ class History:
 
         epoch, lr (at its end), train_loss, grad_norm (mean over steps, before clipping), test_loss,
         test_accuracy, test_top5 (shares of right answers, in one and in five guesses), average_accuracy (of the
-        averaged weights, where the recipe has them), images_per_second (training alone), seconds (with the test),
-        peak_memory (bytes: of the process, or of the GPU)
+        averaged weights, where the recipe has them), images_per_second (training, with what is logged and
+        saved on the way), seconds (with the test), peak_memory (bytes: of the process, or of the GPU)
 
     steps: where asked for, one for every few steps, with step, lr, loss, grad_norm.
     """

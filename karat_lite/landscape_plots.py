@@ -14,7 +14,20 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from .analysis.directions import Directions
 from .analysis.landscape import Landscape, PathLosses
-from .canvas import COLOURS, INK, LINES, POSITIVE, as_array, label_axes, layout, legend, need_mapping, sheet, short
+from .canvas import (
+    COLOURS,
+    INK,
+    LINES,
+    POSITIVE,
+    as_array,
+    label_axes,
+    layout,
+    legend,
+    need_mapping,
+    sheet,
+    short,
+    shown,
+)
 
 SMALLEST = 1e-4  # nats: a logarithm has no place for 0
 LEVELS = 14
@@ -43,7 +56,8 @@ def surface(
     figure, places = layout(1, columns, (wide, 3.7), margins=(0.05, 0.85, 0.1, 0.42), gaps=(0.05, 0))
     for place, (name, (alphas, betas, loss)) in zip(places, grids.items(), strict=True):
         axes = figure.add_axes(place, projection="3d", computed_zorder=False, facecolor="white")
-        heights, across = np.log10(loss), np.meshgrid(alphas, betas)
+        # What is beyond the bounds is cut off there, or it would leave the box.
+        heights, across = np.log10(loss.clip(scale.norm.vmin, scale.norm.vmax)), np.meshgrid(alphas, betas)
         colours = scale.cmap(scale.norm(loss))
         colours = (colours[1:, 1:] + colours[:-1, :-1] + colours[1:, :-1] + colours[:-1, 1:]) / 4
         axes.plot_surface(*across, heights, rstride=1, cstride=1, facecolors=colours, shade=False, linewidth=0.25,
@@ -102,7 +116,8 @@ def contours(
             axes.plot(at[:, 0], at[:, 1], color=COLOURS[1], linewidth=1.6, marker="o", markersize=3.5)
             ring = dict(markerfacecolor="none", markeredgecolor=COLOURS[1], markeredgewidth=1.6)
             axes.plot(*at[0, :2], "o", markersize=9, **ring)
-        axes.plot(0, 0, "*", color=COLOURS[1], markersize=13, markeredgecolor="white")
+        end = paths[name].coordinates[-1] if paths else (0.0, 0.0)
+        axes.plot(*end[:2], "*", color=COLOURS[1], markersize=13, markeredgecolor="white")
         axes.set(xlim=(alphas[0], alphas[-1]), ylim=(betas[0], betas[-1]))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(5))
@@ -199,7 +214,8 @@ def sharpness(results: Mapping) -> Figure:
             axes.plot(values, height, "os^Dv"[i % 5], color=colour, markersize=6,
                       markeredgecolor="white", alpha=0.9)  # fmt: skip
         axes.set_ylim(len(models) - 0.5, -0.5)
-        axes.set_yticks(range(len(models)), models if place % columns == 0 else [""] * len(models))
+        names = [shown(model) if place % columns == 0 else "" for model in models]
+        axes.set_yticks(range(len(models)), names)
         axes.tick_params(axis="y", length=0)
         axes.set_title(label, fontsize=9, color=INK, loc="left")
         if wide:
@@ -255,14 +271,15 @@ def _axis_name(directions: Directions | None, i: int, brief: bool = False) -> st
 
 
 def _round_losses(low: float, high: float) -> np.ndarray:
-    """Losses with one digit, a few of them within these bounds, for ticks of a logarithmic scale."""
+    """A few round losses within these bounds, of one digit where there are, for ticks of a logarithmic scale."""
     decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     for digits in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
         ticks = np.array([digit * decade for decade in decades for digit in digits])
         ticks = ticks[(ticks >= low) & (ticks <= high)]
         if len(ticks) >= 3:
-            break
-    return ticks
+            return ticks
+    ticks = MaxNLocator(4).tick_values(low, high)  # too narrow for losses of one digit
+    return ticks[(ticks >= low) & (ticks <= high)]
 
 
 def _loss_bar(figure: Figure, scale: ScalarMappable, place) -> None:

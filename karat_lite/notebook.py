@@ -1,15 +1,14 @@
 """What every notebook's first cells need: one set-up, and a check for exercises that never stops a run."""
 
 import random
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
+from .canvas import release
 from .checks import at_least, one_of
 from .processes import pick_device
 
@@ -47,6 +46,7 @@ def live(draw: Callable, every: int = 1, epochs: int | None = None) -> Callable:
     """A callback for `train(on_epoch=...)`: shows the figure draw(history), replaced every `every` epochs.
 
     epochs: how many the training has (`recipe.epochs`): the last one is then shown even if `every` does not divide it.
+    A callback has one place on the page, where a training that is resumed goes on: make one for each training.
     """
     every, epochs = at_least("every", every, 1), epochs if epochs is None else at_least("epochs", epochs, 1)
     from IPython.display import display
@@ -62,9 +62,7 @@ def live(draw: Callable, every: int = 1, epochs: int | None = None) -> Callable:
             shown[0].update(figure)
         else:
             shown[:] = [display(figure, display_id=True)]  # outside a notebook there is nothing to replace
-        # Pyplot would keep its own figures, and show them a second time.
-        if isinstance(figure, Figure) and "matplotlib.pyplot" in sys.modules:
-            sys.modules["matplotlib.pyplot"].close(figure)
+        release(figure)
 
     return show
 
@@ -75,8 +73,10 @@ def check(stub: Callable, test: Callable, hint: str | None = None) -> None:
     try:
         test(stub)
     except Exception as error:  # noqa: BLE001 - a reader's mistake is an answer, not a stop
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         where = traceback.extract_tb(error.__traceback__)[-1]
-        if isinstance(error, NotImplementedError) and (where.line or "raise").startswith("raise"):
+        raised = (where.line or "raise").startswith("raise")
+        if isinstance(error, NotImplementedError) and raised and _is_in(frame, stub):
             print(f"not done yet: {name}")
             return
         said = " ".join(str(error).split())
@@ -88,6 +88,13 @@ def check(stub: Callable, test: Callable, hint: str | None = None) -> None:
             print(f"  hint: {hint}")
     else:
         print(f"✓ correct: {name}")
+
+
+def _is_in(frame, stub: Callable) -> bool:
+    """Whether a frame runs the stub itself, or a method of it where it is a class; True where nobody can tell."""
+    if isinstance(stub, type):
+        return any(getattr(part, "__code__", None) is frame.f_code for part in vars(stub).values())
+    return frame.f_code is getattr(stub, "__code__", frame.f_code)
 
 
 def _show_figures() -> None:

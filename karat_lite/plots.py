@@ -77,6 +77,8 @@ def twins_accuracy(results: Mapping) -> Figure:
     groups: dict[str, list] = {}
     for run in results.get("runs", ()):
         groups.setdefault(shown(run["attention"]), []).append(run["accuracy"])
+    if "runs" in results:
+        need_mapping("runs of these results", groups)
     groups = {name: as_shares(f"accuracies of {name!r}", values) for name, values in (groups or results).items()}
     name_width = 0.25 + 0.085 * max(map(len, groups))
     figure, (axes,) = sheet(1, 1, (4.5, 0.75 * len(groups)), margins=(name_width, 0.1, 0.55, 0.1))
@@ -91,6 +93,7 @@ def twins_accuracy(results: Mapping) -> Figure:
     axes.set_yticks(range(len(groups)), list(groups))
     axes.set_ylim(len(groups) - 0.5, -0.75)
     axes.margins(x=0.25)
+    axes.set_xlim(max(0, axes.get_xlim()[0]), min(100.5, axes.get_xlim()[1]))
     label_axes(axes, "test accuracy (%)", "")
     return figure
 
@@ -129,7 +132,11 @@ def matrices(matrices: Mapping, signed: bool | None = None) -> Figure:
     rows, columns = (len(stacks), heads) if heads > 1 else (1, len(stacks))
     gap = 0.12 if heads > 1 else 1.1  # one bar at the end of a line of heads, or one behind each matrix
     side = min(2.8, (WIDTH - 1.4 - gap * (columns - 1)) / columns)
-    figure, grid = sheet(rows, columns, (side, side), margins=(0.6, 0.8, 0.55, 0.3), gaps=(gap, 0.35))
+    alike = len({stack.shape[-1] for stack in stacks.values()}) == 1
+    gaps = (gap, 0.35 if alike else 0.8)
+    if side < 0.3:
+        raise ValueError(f"{columns} matrices side by side leave {max(side, 0):.1f} inches for each: draw fewer.")
+    figure, grid = sheet(rows, columns, (side, side), margins=(0.6, 0.8, 0.55, 0.3), gaps=gaps)
     for i, (title, stack) in enumerate(stacks.items()):
         panels = grid[i * columns : (i + 1) * columns] if heads > 1 else grid[i : i + 1]
         colours = colour_scale(stack, signed)
@@ -139,7 +146,8 @@ def matrices(matrices: Mapping, signed: bool | None = None) -> Figure:
                 continue
             show_pixels(axes, stack[head], cmap=colours.cmap, norm=colours.norm)
             axes.set_title(f"{title}, head {head}" if len(stack) > 1 else title, fontsize=10, color=INK)
-            lowest, first = heads == 1 or i == rows - 1, head == 0  # the inner pictures share the outer ones' numbers
+            # The inner pictures share the outer ones' numbers.
+            lowest, first = heads == 1 or i == rows - 1 or not alike, head == 0
             label_axes(axes, "key token q" if lowest else "", "query token k" if axes in grid[::columns] else "")
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True) if lowest else NullLocator())
             axes.yaxis.set_major_locator(MaxNLocator(4, integer=True) if first else NullLocator())
@@ -225,11 +233,18 @@ def learned_functions(
             f"expected at least one curve, each with the {len(x)} points of x, and a label for each: got "
             f"{len(curves)} curves of {sorted({len(curve) for curve in curves})} points and {len(labels)} labels."
         )
+    named = [label for label in labels if label]
+    # Above the lines, where the legend hides none: beside the title while it fits there, else in rows over it.
+    entry = 0.62 + 0.075 * max(map(len, named), default=0)
+    beside = len(named) * entry + 0.075 * len(title) <= 6.1
+    columns = len(named) if beside else max(1, int(6.1 / entry))
+    above = 0 if beside else 0.05 + 0.19 * -(-len(named) // columns)
+    margins = (0.7, 0.15, 0.55, 0.35 + above)
     if scores is None:
-        figure, (axes,) = sheet(1, 1, (6, 2.8), margins=(0.7, 0.15, 0.55, 0.35))
+        figure, (axes,) = sheet(1, 1, (6, 2.8), margins)
         below = axes
     else:
-        figure, (axes, below) = sheet(2, 1, (6, (2.8, 0.65)), margins=(0.7, 0.15, 0.55, 0.35), gaps=(0, 0.12))
+        figure, (axes, below) = sheet(2, 1, (6, (2.8, 0.65)), margins, gaps=(0, 0.12))
         below.sharex(axes)
         axes.tick_params(labelbottom=False)
         scores = as_array("scores", scores, None).ravel()
@@ -241,15 +256,15 @@ def learned_functions(
         label_axes(below, "", "scores (%)")
         below.yaxis.set_major_locator(MaxNLocator(2))
     axes.axhline(0, color=INK, linewidth=0.8)
-    named = 0
+    styles = map(style, range(len(named)))
     for curve, label in zip(curves, labels, strict=True):
-        if not label:
+        if label:
+            axes.plot(x, curve, linewidth=2.2, label=label, **next(styles))
+        else:
             axes.plot(x, curve, color=FAINT, linewidth=0.8, zorder=1.5)
-            continue
-        axes.plot(x, curve, linewidth=2.2, label=label, **style(named))
-        named += 1
-    if named:  # above the lines, where it hides none
-        legend(axes, loc="lower right", bbox_to_anchor=(1, 1), ncols=named, frameon=False, borderaxespad=0.1)
+    if named:
+        at = dict(loc="lower right", bbox_to_anchor=(1, 1 if beside else 1 + 0.25 / 2.8))
+        legend(axes, **at, ncols=columns, frameon=False, borderaxespad=0.1)
     label_axes(axes, "", f"${symbol}$(score)")
     label_axes(below, "score $S_{kq}$", below.get_ylabel())
     axes.set_title(title, fontsize=10, color=INK, loc="left")
@@ -295,6 +310,8 @@ def costs(rows: Mapping[str, Mapping[str, float]]) -> Figure:
         label_axes(axes, quantities[i], "")
         axes.xaxis.set_label_coords(0.5, -0.34 / panel[1])
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high - low < 1.3 else LogLocator(numticks=4))
+        if high - low < 0.6:  # fewer than two of those: even steps, and no more than there is room for
+            axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
         if high - low < 1.3:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes.xaxis.set_minor_locator(NullLocator())

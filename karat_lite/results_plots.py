@@ -162,7 +162,10 @@ def _over_seeds(name: str, runs: list, signal: str, last: int) -> tuple[np.ndarr
     if any(step != steps[0] for step in steps):
         raise ValueError(f"the seeds of {name!r} were logged at different steps: draw runs of one --log-every.")
     logged = [[np.atleast_1d(record[signal]) for record in run["steps"][: len(steps[0])]] for run in runs]
-    return np.array(steps[0]), np.exp(np.log(np.array(logged, dtype=float)).mean(axis=0))
+    values = np.array(logged, dtype=float)  # None, of a step that was left out, becomes NaN
+    if (values <= 0).any() or np.isinf(values).any():
+        raise ValueError(f"{signal} of {name!r} must be positive and finite to stand on a logarithmic axis.")
+    return np.array(steps[0]), np.exp(np.nanmean(np.log(values), axis=0))
 
 
 def _between(share: float) -> str:

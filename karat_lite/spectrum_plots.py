@@ -311,7 +311,10 @@ def _limit(panel, index: int, label: str, height: float) -> None:
     panel.axvline(index + 0.5, color="#777777", linewidth=1)
     look = dict(textcoords="offset points", fontsize=8.5, color=INK)
     look["bbox"] = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=0.5)
-    panel.annotate(label, (index + 0.5, 0.45), xycoords=("data", "axes fraction"), xytext=(3, height), **look)
+    low, high = panel.get_xlim()
+    side = 1 if index + 0.5 < low + 0.7 * (high - low) else -1  # else the label would leave the panel
+    look |= dict(xytext=(3 * side, height), ha="left" if side > 0 else "right")
+    panel.annotate(label, (index + 0.5, 0.45), xycoords=("data", "axes fraction"), **look)
 
 
 def _index_axes(panel, relative: bool | None) -> None:

@@ -143,6 +143,8 @@ def _variants(args) -> dict[str, dict]:
             raise ValueError(
                 f"{', '.join(idle)}: for attention that learns ({', '.join(LEARNED)}), got {' '.join(args.attention)}."
             )
+    elif args.order == ["full"] and args.rank != _parser().get_default("rank"):
+        raise ValueError(f"--rank {' '.join(map(str, args.rank))}: a full-rank operator has none: leave it out.")
     elif args.grid != (usual := _parser().get_default("grid")):
         sizes = {name: {make_basis(name, grid).num_parameters for grid in (usual, usual + 1)} for name in args.basis}
         if all(len(each) == 1 for each in sizes.values()):

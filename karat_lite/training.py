@@ -285,7 +285,9 @@ class _Training:
             self.publish()  # an interruption may have fallen between the state and these
 
     def _log(self, step: int, rate: float, loss: Tensor, norm: Tensor) -> None:
-        record = {"step": step, "lr": rate, "loss": self.engine.mean(loss), "grad_norm": norm.item()}
+        # None where half precision overflowed and left the step out: JSON knows no infinity.
+        norm = norm.item() if norm.isfinite() else None
+        record = {"step": step, "lr": rate, "loss": self.engine.mean(loss), "grad_norm": norm}
         if self.measure is not None:
             found = self.measure(self.model.eval())
             try:

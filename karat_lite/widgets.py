@@ -8,7 +8,6 @@
 import base64
 import inspect
 import io
-import sys
 import threading
 from collections.abc import Callable
 from decimal import Decimal
@@ -19,6 +18,7 @@ from numbers import Integral, Real
 import ipywidgets
 from matplotlib.figure import Figure
 
+from .canvas import release
 from .checks import one_of
 
 ACCEPTED = (
@@ -48,9 +48,11 @@ def render(figure: Figure) -> bytes:
         raise TypeError(f"draw must return a matplotlib Figure, got {type(figure).__name__}.")
     png = io.BytesIO()
     # Opaque, whatever the figure's style; the light compression is quicker and costs a few kilobytes.
-    figure.savefig(png, format="png", dpi=SHARPNESS * figure.dpi, facecolor="white", pil_kwargs={"compress_level": 3})
-    if "matplotlib.pyplot" in sys.modules:  # it would keep its own figures, and show them a second time
-        sys.modules["matplotlib.pyplot"].close(figure)
+    look = dict(dpi=SHARPNESS * figure.dpi, facecolor="white", pil_kwargs={"compress_level": 3})
+    try:
+        figure.savefig(png, format="png", **look)
+    finally:
+        release(figure)
     return png.getvalue()
 
 
@@ -176,7 +178,7 @@ def _float_slider(name: str, spec: tuple, default, wrong: TypeError, **look):
     if not (low < high and 0 < step <= high - low):
         raise ValueError(f"control {name} = {spec!r}: expected low < high and a step that fits between them.")
     start = default if isinstance(default, Real) and low <= default <= high else low
-    digits = max(0, -Decimal(str(step)).as_tuple().exponent)
+    digits = min(4, max(0, *(-Decimal(str(number)).as_tuple().exponent for number in (low, step))))
     return ipywidgets.FloatSlider(value=start, min=low, max=high, step=step, readout_format=f".{digits}f", **look)
 
 
@@ -203,6 +205,9 @@ def _check_value(name: str, value, control) -> None:
         what = f"{control.min} to {control.max} in steps of {control.step}"
         if offered and isinstance(control, ipywidgets.IntSlider):
             offered = isinstance(value, Integral) and (value - control.min) % control.step == 0
+        elif offered:
+            steps = (value - control.min) / control.step
+            offered = abs(steps - round(steps)) < 1e-6 or value == control.max
     if not offered:
         raise ValueError(f"{name} = {value!r} is not offered: choose from {what}.")
 

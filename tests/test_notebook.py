@@ -72,6 +72,11 @@ def test_check_gives_one_verdict_and_never_raises(capsys):
     assert verdict(square, "think") == "not done yet: square\n"
 
     def square(x):
+        return torch.nn.Module()(x)  # an answer that calls what has no forward
+
+    assert verdict(square).startswith("✗ square raised NotImplementedError")
+
+    def square(x):
         return x + 1
 
     assert verdict(square, "multiply") == "✗ not right yet: expected 4 for 2\n  hint: multiply\n"

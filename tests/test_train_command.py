@@ -11,6 +11,7 @@ import pytest
 
 import karat_lite as kl
 from karat_lite import train as train_module
+from karat_lite.checks import run_command
 from karat_lite.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,3 +252,16 @@ def test_a_log_file_is_not_flooded_and_the_bar_can_be_left_out(tmp_path):
     assert 3 <= said().count("img/s") <= 8, "an update for each epoch, not two a second"
     assert "img/s" not in said("--no-progress")
     assert "img/s" not in run_it(*options, TQDM_DISABLE="1").stdout
+
+
+def test_a_rank_that_no_operator_has():
+    with pytest.raises(ValueError, match="--rank 5 7: a full-rank operator has none: leave it out"):
+        train_module.main(["--data", "digits", "--order", "full", "--rank", "5", "7"])
+
+
+def test_a_library_that_is_not_there_is_told_in_a_line():
+    def lacks():
+        raise ImportError("this recipe needs timm: pip install timm")
+
+    with pytest.raises(SystemExit, match="ImportError: this recipe needs timm"):
+        run_command(lacks)

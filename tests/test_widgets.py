@@ -90,6 +90,15 @@ def test_pyplot_keeps_none_of_the_figures():
     explorer.set(i=2)
     assert pyplot.get_fignums() == [] and explorer.error.value == ""
 
+    def broken(i=0):
+        figure, axes = pyplot.subplots()
+        axes.set_title(r"$\\frac{$" if i else "")
+        return figure
+
+    explorer = widgets.explore(broken, i=range(3))
+    explorer.set(i=2)
+    assert pyplot.get_fignums() == [] and "ValueError" in explorer.error.value
+
 
 def test_set_moves_several_controls_and_draws_once():
     calls = []
