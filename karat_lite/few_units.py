@@ -38,7 +38,7 @@ def pays(x: Tensor, layer: nn.Module) -> bool:
         return False
     if 2 * operator.rank * operator.num_heads > x.shape[-1] or x.dtype not in (torch.float32, torch.float64):
         return False
-    if any(p.dtype != x.dtype for p in operator.parameters()):
+    if not operator.coef.dtype == operator.weight.dtype == x.dtype:
         return False
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False

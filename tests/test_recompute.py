@@ -63,17 +63,19 @@ def test_blocks_hold_every_score_once_and_keep_their_scratch_small(depth, monkey
     monkeypatch.setattr(blocked, "AT_ONCE", 1000)
     monkeypatch.setattr(blocked, "MAPS_AT_ONCE", 4000)
     q, k, times = torch.empty(3, 5, 17, 2), torch.empty(3, 5, 13, 2), torch.zeros(3, 5, 17, 13)
-    for part, rows, keys, scratch in blocked._blocks(q, k, depth):
-        times[part.heads, part.images, rows, keys] += 1
-        assert scratch.maps.shape == (part.planes, depth, *scratch.scores.shape[1:]) and scratch.maps.numel() <= 4000
-        assert scratch.scores.numel() <= 1000
+    blocks = blocked._Blocks(q, k, depth)
+    for of_q, here in blocks.planes(q, times):
+        for rows, keys, scratch in blocks.tiles(len(of_q)):
+            keys(rows(here, 1), 2).add_(1)
+            assert scratch.maps.shape == (len(of_q), depth, *scratch.scores.shape[1:]) and scratch.maps.numel() <= 4000
+            assert scratch.scores.numel() <= 1000
     assert (times == 1).all()
 
 
 def test_blocks_are_larger_where_no_cpu_computes():
     """Each is some dozen launches on a GPU. 32 images of ViT-Tiny: 16 blocks of 6 planes on a CPU, one elsewhere."""
     planes = {device: torch.empty(32, 3, 197, 2, device=device) for device in ("cpu", "meta")}
-    sizes = {name: [part.planes for part, *_ in blocked._blocks(x, x, 6)] for name, x in planes.items()}
+    sizes = {name: [len(part) for (part,) in blocked._Blocks(x, x, 6).planes(x)] for name, x in planes.items()}
     assert sizes["cpu"] == 16 * [6] and sizes["meta"] == [96]
 
 

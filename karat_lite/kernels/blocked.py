@@ -34,10 +34,12 @@ def mix(q: Tensor, k: Tensor, right: Tensor, scale: float, basis: LinearBasis) -
     y = right.new_empty(*q.shape[:2], right.shape[-1], q.shape[2])  # (h, B, e, M)
     right = right.permute(1, 0, 4, 2, 3).contiguous()  # (h, B or 1, e, F, N)
     right = right.expand(-1, q.shape[1], -1, -1, -1)
-    for part, rows, keys, scratch in _blocks(q, k, right.shape[3]):
-        _see(part(q, rows), part(k, keys), scale, basis, scratch)
-        of_right = part(right, ..., keys).flatten(2)
-        part(y, ..., rows).baddbmm_(of_right, scratch.maps.flatten(1, 2), beta=min(keys.start, 1))
+    blocks = _Blocks(q, k, right.shape[3])
+    for q_p, k_p, right_p, y_p in blocks.planes(q, k, right, y):
+        for rows, keys, scratch in blocks.tiles(len(q_p)):
+            _see(rows(q_p, 1), keys(k_p, 1), scale, basis, scratch)
+            of_right = keys(right_p, 3).flatten(2)
+            rows(y_p, 2).baddbmm_(of_right, scratch.maps.flatten(1, 2), beta=keys.later)
     return y.mT.transpose(0, 1)
 
 
@@ -51,28 +53,33 @@ def mix_gradients(
         E_f = grad R_f^T,   dS = sum_f chi_f(S) E_f,   dQ = scale dS K,   dK = scale dS^T Q,   dR_f = chi_f(S)^T grad
     """
     q, k, grad = q.transpose(0, 1), k.transpose(0, 1), grad.transpose(0, 1)
-    down = right.permute(2, 1, 0, 3, 4).contiguous().expand(-1, -1, q.shape[1], -1, -1)  # (F, h, B, N, e)
+    raw, right = basis.mixing() is not None, right.permute(1, 0, 2, 3, 4).contiguous()  # (h, B or 1, F, N, e)
+    dright = right.new_zeros(*right.shape[:2], right.shape[4], *right.shape[2:4])  # (h, B or 1, e, F, N)
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
-    depth, tokens, across = down.shape[0], *down.shape[3:]
-    dright = right.new_zeros(*right.shape[1::-1], across, depth, tokens)  # (h, B or 1, e, F, N)
-    down = down.unbind(0)
-    for part, rows, keys, scratch in _blocks(q, k, depth):
-        of_q, of_k = part(q, rows), part(k, keys)
-        of_grad = part(grad, rows).mT.contiguous()  # (P, e, rows)
+    right = right.expand(-1, q.shape[1], -1, -1, -1)
+    blocks = _Blocks(q, k, right.shape[2])
+    for q_p, k_p, grad_p, dq_p, dk_p, right_p, dright_p in blocks.planes(q, k, grad, dq, dk, right, dright):
+        for rows, keys, scratch in blocks.tiles(len(q_p)):
+            of_q, of_k = rows(q_p, 1), keys(k_p, 1)
+            of_grad = rows(grad_p, 1).mT.contiguous()  # (P, e, rows)
+            of_right = keys(right_p, 2).unbind(1)  # F times (P, keys, e)
 
-        def spread(f, part=part, keys=keys, of_grad=of_grad, e_f=scratch.other):
-            return torch.bmm(part(down[f], keys), of_grad, out=e_f)
+            def spread(f, of_right=of_right, of_grad=of_grad, e_f=scratch.other):
+                return torch.bmm(of_right[f], of_grad, out=e_f)
 
-        if basis.mixing() is None:
-            ds = _through_maps(of_q, of_k, scale, basis, scratch, spread)
-        else:
-            ds = _see(of_q, of_k, scale, basis, scratch)
-        part.add_to(dright[..., keys], torch.bmm(of_grad, scratch.maps.flatten(1, 2).mT).unflatten(2, (depth, -1)))
-        if basis.mixing() is not None:  # the scores themselves are not needed again: the sum stands in their place
-            for f, chi in enumerate(scratch.each):
-                ds = ds.addcmul_(chi, spread(f)) if f else torch.mul(chi, spread(f), out=ds)
-        part(dq, rows).baddbmm_(ds.mT, of_k, alpha=scale, beta=min(keys.start, 1))
-        part(dk, keys).baddbmm_(ds, of_q, alpha=scale, beta=min(rows.start, 1))
+            if raw:
+                ds = _see(of_q, of_k, scale, basis, scratch)
+            else:
+                ds = _through_maps(of_q, of_k, scale, basis, scratch, spread)
+            found = torch.bmm(of_grad, scratch.maps.flatten(1, 2).mT).unflatten(2, (blocks.depth, -1))
+            if len(dright_p) < len(found):  # all images of a head have one
+                found = found.unflatten(0, (len(dright_p), -1)).sum(dim=1)
+            keys(dright_p, 3).add_(found)
+            if raw:  # the scores themselves are not needed again: the sum stands in their place
+                for f, chi in enumerate(scratch.each):
+                    ds = ds.addcmul_(chi, spread(f)) if f else torch.mul(chi, spread(f), out=ds)
+            rows(dq_p, 1).baddbmm_(ds.mT, of_k, alpha=scale, beta=keys.later)
+            keys(dk_p, 1).baddbmm_(ds, of_q, alpha=scale, beta=rows.later)
     return dq.transpose(0, 1), dk.transpose(0, 1), dright.permute(1, 0, 3, 4, 2)
 
 
@@ -87,60 +94,66 @@ class _Scratch(NamedTuple):
 
 def _see(q: Tensor, k: Tensor, scale: float, basis: LinearBasis, scratch: _Scratch) -> Tensor:
     """Writes scores and maps of a block into its scratch; returns the scores."""
-    s = torch.baddbmm(scratch.scores, k, q.mT, beta=0, alpha=scale, out=scratch.scores)
+    s = scratch.scores.baddbmm_(k, q.mT, beta=0, alpha=scale)
     basis.write(s, scratch.each)
     return s
 
 
-class _Part:
-    """The planes of a block, P of them, taken from head-major tensors (h, B, ...) as (P, ...)."""
+class _Tile:
+    """Some rows or keys of planes; all of them, mostly, and then there is nothing to cut."""
 
-    def __init__(self, heads: slice, images: slice):
-        self.heads, self.images = heads, images
-        self.several = heads.stop - heads.start
-        self.planes = self.several * (images.stop - images.start)
+    def __init__(self, start: int, stop: int, size: int):
+        self.start, self.length, self.whole = start, stop - start, (start, stop) == (0, size)
+        self.later = int(start > 0)  # whether a sum over tiles has begun before this one: a factor for what is there
 
-    def __call__(self, x: Tensor, *tile) -> Tensor:
-        """With `tile`, what it indexes of the planes: P times x[head, image][tile]."""
-        if self.several == 1:  # a step less, of the some dozen that a block has beside its products
-            return x[(self.heads.start, self.images, *tile)]
-        return x[(self.heads, self.images, *tile)].flatten(0, 1)
-
-    def add_to(self, total: Tensor, x: Tensor) -> None:
-        """x (P, ...) onto total (h, B, ...), or (h, 1, ...) that all images share."""
-        if total.shape[1] == 1:
-            total[self.heads, 0] += x.unflatten(0, (self.several, -1)).sum(dim=1)
-        else:
-            self(total).add_(x)
+    def __call__(self, x: Tensor, axis: int) -> Tensor:
+        return x if self.whole else x.narrow(axis, self.start, self.length)
 
 
-def _blocks(q: Tensor, k: Tensor, depth: int) -> Iterator[tuple[_Part, slice, slice, _Scratch]]:
-    """(planes, rows, keys, scratch) of blocks as large as they may be: tiles first, then images, then heads.
+class _Blocks:
+    """How head-major tensors (h, B, ...) are cut: tiles only where a plane is too large, then images, then heads."""
 
-    Tiles come in order, so that what starts at the first key is the first sum for its rows, and the other way round.
-    """
-    heads, images, rows, keys = *q.shape[:3], k.shape[2]
-    times = 1 if q.device.type == "cpu" else ELSEWHERE
-    at_once = min(times * AT_ONCE, max(1, times * MAPS_AT_ONCE // max(1, depth)))
-    some_rows, some_keys = rows, keys
-    if rows * keys > at_once:
-        side = math.isqrt(at_once)
-        some_rows, some_keys = _even(rows, max(side, at_once // keys)), _even(keys, max(side, at_once // rows))
-    planes = max(1, at_once // max(1, keys * rows))
-    some_images = _even(images, planes) if images else 1
-    some_heads = min(heads, planes // some_images) if some_images == images else 1
-    size = some_heads * some_images * some_rows * some_keys
-    buffers = [q.new_empty(size * depth), q.new_empty(size), q.new_empty(size)]
+    def __init__(self, q: Tensor, k: Tensor, depth: int):
+        heads, images, rows, keys = *q.shape[:3], k.shape[2]
+        times = 1 if q.device.type == "cpu" else ELSEWHERE
+        at_once = min(times * AT_ONCE, max(1, times * MAPS_AT_ONCE // max(1, depth)))
+        some_rows, some_keys = rows, keys
+        if rows * keys > at_once:
+            side = math.isqrt(at_once)
+            some_rows, some_keys = _even(rows, max(side, at_once // keys)), _even(keys, max(side, at_once // rows))
+        planes = max(1, at_once // max(1, keys * rows))
+        self.all_images, self.images = images, _even(images, planes) if images else 1
+        self.heads = min(heads, planes // self.images) if self.images == images else 1
+        size = self.heads * self.images * some_rows * some_keys
+        self.depth, self.buffers = depth, [q.new_empty(size * depth), q.new_empty(size), q.new_empty(size)]
+        # In order: what starts at the first key is the first sum for its rows, and the other way round.
+        self.cuts = list(itertools.product(_tiles(rows, some_rows), _tiles(keys, some_keys)))
+        self.scratch = functools.cache(self._scratch)  # most blocks are of one shape
 
-    @functools.cache  # most blocks are of one shape
-    def scratch(planes: int, m: int, n: int) -> _Scratch:
-        shapes = (planes, depth, n, m), (planes, n, m), (planes, n, m)
-        maps, scores, other = (x[: math.prod(shape)].view(shape) for x, shape in zip(buffers, shapes, strict=True))
+    def planes(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """What each block has of each tensor: (P, ...) of (h, B, ...), and (heads, ...) of (h, 1, ...).
+
+        Views of what is new and contiguous, so that they can be written to.
+        """
+        return zip(*map(self._planes, tensors), strict=True)
+
+    def _planes(self, x: Tensor) -> list[Tensor]:
+        if self.heads > 1:
+            return [part.flatten(0, 1) for part in x.split(self.heads)]
+        parts = -(-self.all_images // self.images)
+        if x.shape[1] == self.all_images:
+            return [part for head in x.unbind(0) for part in head.split(self.images)[:parts]]
+        return [head for head in x.unbind(0) for _ in range(parts)]
+
+    def tiles(self, planes: int) -> Iterator[tuple[_Tile, _Tile, _Scratch]]:
+        """(rows, keys, scratch) of each tile of so many planes."""
+        for rows, keys in self.cuts:
+            yield rows, keys, self.scratch(planes, rows.length, keys.length)
+
+    def _scratch(self, planes: int, m: int, n: int) -> _Scratch:
+        shapes = (planes, self.depth, n, m), (planes, n, m), (planes, n, m)
+        maps, scores, other = (x[: math.prod(shape)].view(shape) for x, shape in zip(self.buffers, shapes, strict=True))
         return _Scratch(maps, maps.unbind(1), scores, other)
-
-    planes = [_Part(h, b) for h, b in itertools.product(_slices(heads, some_heads), _slices(images, some_images))]
-    for part, m, n in itertools.product(planes, _slices(rows, some_rows), _slices(keys, some_keys)):
-        yield part, m, n, scratch(part.planes, m.stop - m.start, n.stop - n.start)
 
 
 def _even(size: int, most: int) -> int:
@@ -148,16 +161,16 @@ def _even(size: int, most: int) -> int:
     return math.ceil(size / math.ceil(size / most))
 
 
-def _slices(size: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+def _tiles(size: int, step: int) -> list[_Tile]:
+    return [_Tile(start, min(start + step, size), size) for start in range(0, size, max(1, step))]
 
 
 def _through_maps(
     q: Tensor, k: Tensor, scale: float, basis: LinearBasis, scratch: _Scratch, spread: Callable[[int], Tensor]
 ) -> Tensor:
     """Writes maps as `_see` does and returns dS = sum_f psi_f'(S) E_f, E_f = spread(f): by the maps' own graph."""
-    s = scratch.scores
-    x = torch.baddbmm(s, k, q.mT, beta=0, alpha=scale, out=s).detach().requires_grad_()
+    s = scratch.scores.baddbmm_(k, q.mT, beta=0, alpha=scale)
+    x = s.detach().requires_grad_()
     with _autograd():
         if not x.view_as(x).requires_grad:  # every slope would be 0, without an error
             raise RuntimeError(f"autograd is switched off where {basis!r} needs it for the slopes of its maps.")
