@@ -71,7 +71,8 @@ class _Traffic(TorchDispatchMode):
         if func.is_view or name.startswith(("empty", "new_empty")):  # no number is touched
             return out
         filled = {a.name for a in func._schema.arguments if a.kwarg_only and a.is_out}  # out=: written, never read
-        read = [args, *(value for key, value in kwargs.items() if key not in filled)]
+        given = args[1:] if kwargs.get("beta") == 0 else args  # nothing of the sum is there yet
+        read = [given, *(value for key, value in kwargs.items() if key not in filled)]
         self.visited += sum(x.numel() * x.element_size() for x in _tensors((read, out)))
         square = name == "pow" and len(args) > 1 and isinstance(args[1], int)  # multiplications
         if name.rstrip("_") in TRANSCENDENTAL and not square:
@@ -156,9 +157,10 @@ def predict(
         visited = scores * (32 * grid + 7) + small
     else:
         kept = 3 * q + (0 if full else y)
-        flops = 4 * product + (7 * mixing + 6 * q * maps**2 if full else 3 * mixing + 14 * y * width + 6 * coef * maps)
-        small = (56 + 110 * grid) * q + 14 * coef if full else 70 * q + (50 * grid - 20) * y + 43 * coef
-        visited = scores * (26 * grid - 2) + small
+        flops = 4 * product + (8 * coef * maps + 7 * mixing if full else 6 * coef * maps + 3 * mixing + 14 * y * width)
+        small = (50 + 51 * grid) * q + 28 * coef if full else 40 * q + (27 * grid + 38) * y + 14 * coef
+        finished = ((grid + 1) // 2 - 1) // 2 + max(0, grid // 2 - 1)  # raw maps that later harmonics need whole
+        visited = scores * (26 * grid - 2 + 8 * finished) + small
     return Predicted(4 * kept, flops, 4 * visited)
 
 
