@@ -104,10 +104,12 @@ class Basis:
 
     name: str = ""
     default_base: str = "zero"  # the base activation b(x) that an operator takes unless told otherwise
+    _checked = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         cls.name = ""  # `register_basis` gives it: a subclass is not what its parent's name makes
+        cls._good = set()  # keys that `check_once` has found right
 
     def __new__(cls, *args, **kwargs):
         made = super().__new__(cls)
@@ -159,10 +161,17 @@ class Basis:
         raise NotImplementedError
 
     def check_once(self) -> None:
-        """Raise `ValueError` where the class contradicts itself (its maps or its shapes): looked at once an object."""
-        if not getattr(self, "_checked", False):
+        """Raise `ValueError` where the class contradicts itself (its maps or its shapes).
+
+        Looked at once for each object, and of a class with a name once for each grid and options.
+        """
+        if self._checked:
+            return
+        alike = type(self)._good
+        if not (self.name and self.key in alike):
             self._check()
-            self._checked = True
+            alike.add(self.key)
+        self._checked = True
 
     def _check(self) -> None:
         pass
