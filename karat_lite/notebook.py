@@ -1,5 +1,6 @@
 """What every notebook's first cells need: one set-up, and a check for exercises that never stops a run."""
 
+import inspect
 import random
 import traceback
 from collections.abc import Callable
@@ -94,7 +95,7 @@ def _is_in(frame, stub: Callable) -> bool:
     """Whether a frame runs the stub itself, or a method of it where it is a class; True where nobody can tell."""
     if isinstance(stub, type):
         return any(getattr(part, "__code__", None) is frame.f_code for part in vars(stub).values())
-    return frame.f_code is getattr(stub, "__code__", frame.f_code)
+    return frame.f_code is getattr(inspect.unwrap(stub), "__code__", frame.f_code)
 
 
 def _show_figures() -> None:

@@ -71,6 +71,12 @@ def test_check_gives_one_verdict_and_never_raises(capsys):
 
     assert verdict(square, "think") == "not done yet: square\n"
 
+    @torch.no_grad()
+    def square(x):
+        raise NotImplementedError
+
+    assert verdict(square) == "not done yet: square\n"
+
     def square(x):
         return torch.nn.Module()(x)  # an answer that calls what has no forward
 
