@@ -174,7 +174,7 @@ class Basis:
         self._checked = True
 
     def _check(self) -> None:
-        pass
+        """What `check_once` looks at; nothing here."""
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())

@@ -5,7 +5,7 @@ import torch
 
 import karat_lite as kl
 from karat_lite.bases import _REGISTRY, LinearBasis, basis_from_key, make_basis
-from karat_lite.edge_bases import DOG, Wavelet
+from karat_lite.edge_bases import DOG, MexicanHat, Wavelet
 from karat_lite.functional import apply_operator, karat_attention
 
 
@@ -81,16 +81,18 @@ def test_slopes_are_those_of_the_class_and_not_of_its_parent(cls):
     assert MexicanHat.pull is Wavelet.pull, "a class with slopes of its own keeps the quick way"
 
 
-MexicanHat = type(make_basis("mexican_hat"))
-
-
 @pytest.mark.parametrize("cls, message", [(Shifted, "what `write` and `mixing` make"), (Short, "once for each f in 0")])
 def test_an_object_is_looked_at_like_a_name(cls, message):
     q, basis = torch.randn(1, 1, 5, 4), cls(1)
     coef = torch.randn(1, 3, 5, basis.num_features)
-    for use in (lambda: make_basis(cls(1)), lambda: karat_attention(q, q, q, cls(1), coef, torch.randn(1, 5, 3))):
-        with pytest.raises(ValueError, match=message):
-            use()
+    uses = lambda: make_basis(cls(1)), lambda: karat_attention(q, q, q, cls(1), coef, torch.randn(1, 5, 3))  # noqa: E731
+    try:
+        kl.register_basis("odd")(cls)
+        for use in (*uses, lambda: make_basis("odd", 1), lambda: make_basis("odd", 1)):  # a refusal is not forgotten
+            with pytest.raises(ValueError, match=message):
+                use()
+    finally:
+        del _REGISTRY["odd"]
 
 
 GIVEN = {

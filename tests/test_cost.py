@@ -186,3 +186,23 @@ def test_other_processes_are_noticed():
             process.kill()
             process.wait()
     assert 0 <= alone <= 1 and 0.3 < beside <= 1  # this process keeps one core of several, or half of the only one
+
+
+def test_series_of_losses_count_and_a_sum_that_begins_reads_nothing():
+    x = torch.randn(3, 5)
+    for run in (lambda: x.log_softmax(dim=-1), lambda: torch.nn.functional.softplus(x)):
+        assert cost.count(run).transcendental == 15
+    total, a, b = torch.zeros(2, 3, 4), torch.ones(2, 3, 5), torch.ones(2, 5, 4)
+    new, on = (cost.count(lambda beta=beta: total.baddbmm_(a, b, beta=beta)).bytes_visited for beta in (0, 1))
+    assert new == 4 * (30 + 40 + 24) and on == new + 4 * 24
+
+
+def test_a_model_that_is_timed_draws_from_a_state_of_its_own():
+    from karat_lite.analysis.rivals import Case, Model
+
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    case = Case(1, 3, 5, 64, G=1, r=2, model="vit_tiny")
+    Model("recompute", case, torch.device("cpu"), img_size=32)
+    assert torch.equal(torch.rand(2), wanted)

@@ -1,5 +1,7 @@
 """What analyses take: batches in which no image is alone, labels of any whole type, models of any precision."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,10 @@ import torch.nn.functional as F
 from small_models import batch, path, tiny
 
 from karat_lite.analysis.content import ablate
-from karat_lite.analysis.directions import principal_directions
+from karat_lite.analysis.directions import filter_norms, principal_directions
 from karat_lite.analysis.hessian import hessian_spectrum
 from karat_lite.analysis.inputs import parts
-from karat_lite.analysis.landscape import batch_loss, path_losses, rise
+from karat_lite.analysis.landscape import batch_loss, grid_around, path_losses, rise
 from karat_lite.analysis.maps import class_token_maps
 
 IMAGES, LABELS = batch()
@@ -78,3 +80,20 @@ def test_half_precision_is_looked_at_and_has_no_landscape(kind):
     assert (found.maps - wanted.maps).norm() < 0.05 * wanted.maps.norm() and found.pushes.dtype == torch.float32
     with pytest.raises(ValueError, match="a small step from a weight is lost to rounding: take model.float()"):
         rise(model, IMAGES.to(kind), LABELS)
+
+
+def test_coordinates_on_directions_that_depend_and_planes_that_are_none():
+    taken = path(tiny())
+    one = principal_directions(taken, 1)
+    twice = replace(one, along={name: x.repeat(2, *[1] * (x.ndim - 1)) for name, x in one.along.items()})
+    assert np.allclose(twice.coordinates(taken).sum(axis=1), one.coordinates(taken)[:, 0], rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match=r"a plane needs two coordinates of each snapshot, .* got \(2, 1\)"):
+        grid_around([[1.0], [2.0]])
+
+
+def test_filters_of_an_operator_are_those_of_its_model():
+    """One for each (head, unit), wherever the operator stands."""
+    coef = torch.randn(4, 3, 5, 6)
+    for name in ("coef", "activation.coef", "blocks.0.attn.activation.operator.coef2"):
+        assert filter_norms({name: coef})[name].shape == (4, 3, 1, 1)
+    assert filter_norms({"patch_embed.proj.weight": coef})["patch_embed.proj.weight"].shape == (4, 1, 1, 1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import karat_lite as kl
-from karat_lite.bases import _REGISTRY, LinearBasis, basis_from_key, make_basis
+from karat_lite.bases import _REGISTRY, basis_from_key, make_basis
 
 
 @pytest.fixture
@@ -47,27 +47,6 @@ def test_one_map_more_than_fourier():
     args = (q, q, q, Constant(2), torch.randn(1, 3, 5, 5), torch.randn(1, 5, 3))
     expected = kl.functional.karat_attention(*args, backend="reference")
     torch.testing.assert_close(kl.functional.karat_attention(*args), expected)
-
-
-def test_short_cuts_of_another_function_are_refused():
-    @kl.register_basis("shifted")
-    class Shifted(LinearBasis):
-        num_features = 1
-
-        def maps(self, x):
-            yield 0, x
-
-        def write(self, x, out):
-            out[0].copy_(x + 1)
-
-        def mixing(self):
-            return torch.ones(1, 1), torch.zeros(1, 1)
-
-    try:
-        with pytest.raises(ValueError, match="'shifted': what `write` and `mixing` make"):
-            make_basis("shifted")
-    finally:
-        del _REGISTRY["shifted"]
 
 
 def test_a_model_whose_basis_has_no_name_is_refused_before_it_is_trained():

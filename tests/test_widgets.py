@@ -230,3 +230,13 @@ OF_EXPLORERS = (
     "every_control or failed_drawing or returns_no_figure or set_moves or start_at or specification or must_fit or "
     "notebook_is_given or other_threads"
 )
+
+
+def test_a_slider_says_what_it_offers():
+    explorer = widgets.explore(lambda x: wave(x, "a"), x=(0.05, 1.05, 0.1))
+    assert explorer.controls["x"].readout_format == ".2f"
+    explorer.set(x=0.25)
+    with pytest.raises(ValueError, match="x = 0.2 is not offered: .* in steps of 0.1"):
+        explorer.set(x=0.2)
+    thirds = widgets.explore(lambda x: wave(x, "a"), x=(0.0, 1.0, 1 / 3))
+    assert thirds.controls["x"].readout_format == ".4f"

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..checks import at_least, one_of
 
-# Operations whose every output number costs a series, not one multiplication; FlopCounterMode counts them as nothing.
+# Operations whose every output number costs far more than one multiplication; FlopCounterMode counts them as nothing.
 TRANSCENDENTAL = set(
     "cos sin tan exp exp2 expm1 tanh sinh cosh _softmax _log_softmax softplus gelu gelu_backward silu silu_backward "
     "erf sigmoid log log1p pow sqrt rsqrt".split()
