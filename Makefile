@@ -48,7 +48,7 @@ lab: $(INSTALLED)
 	cd notebooks && ../$(PY) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 test: $(INSTALLED)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 train: $(INSTALLED)
 	@$(PY) -m karat_lite.train $(or $(ARGS),--data digits --out runs --resume)

@@ -94,6 +94,7 @@ def test_fused_attention_is_counted():
 # ---- time -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_twice_the_work_takes_twice_the_time():
     a, b = torch.randn(400, 400), torch.randn(400, 400)
 
@@ -110,6 +111,7 @@ def test_twice_the_work_takes_twice_the_time():
         assert 0 < timing.low <= timing.median <= timing.high and timing.ratio_low <= timing.ratio <= timing.ratio_high
 
 
+@pytest.mark.alone
 def test_compare_runs_in_turns_and_stops_in_time():
     said = []
     runs = {name: lambda name=name: said.append(name) for name in "ab"}
@@ -165,6 +167,7 @@ def test_the_machine_has_limits():
     assert "cores" in said and f"torch {torch.__version__}" in said
 
 
+@pytest.mark.alone
 def test_other_processes_are_noticed():
     def share():
         end = time.perf_counter() + 0.6

@@ -25,6 +25,7 @@ def child(code):
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.alone
 def test_import_is_quick_and_light():
     runs = [json.loads(child(TIMED)) for _ in range(3)]
     assert statistics.median(seconds for seconds, _ in runs) <= 0.5

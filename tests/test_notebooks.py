@@ -82,6 +82,7 @@ def smoke(tmp_path_factory):
     return folder, costs, minutes, max(before, slowness())
 
 
+@pytest.mark.alone
 def test_smoke_run_stays_in_its_budget(smoke, tmp_path):
     """Budgets on 2 quiet cores: 6 minutes in all, 60 s a notebook, 30 s for the quick start, 3 GB of memory.
 
@@ -104,6 +105,7 @@ def test_smoke_run_stays_in_its_budget(smoke, tmp_path):
             slow = max(slow, before, slowness())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke_run_leaves_a_page_and_undone_exercises(smoke, name):
     folder, *_ = smoke

@@ -129,6 +129,7 @@ def test_the_engine_of_one_process():
     assert engine.mean(torch.tensor(2.5)) == 2.5 and engine.total(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
 
 
+@pytest.mark.alone
 def test_the_training_loop_adds_little_to_the_model_itself():
     """Images per second of the loop against bare forward and backward of the same model on the same batches."""
     import time
