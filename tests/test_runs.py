@@ -10,7 +10,7 @@ from PIL import Image
 from small_models import tiny
 
 import karat_lite as kl
-from karat_lite.analysis import content_table, landscape_table, map_quality
+from karat_lite.analysis import content_table, landscape_table, map_quality, spectrum_table
 from karat_lite.analysis.masked import load_masked
 from karat_lite.analysis.runs import find_runs
 
@@ -76,6 +76,16 @@ def test_what_is_no_run_is_told(case, command, tmp_path):
     data = [] if case == "no training" else ["--data", "digits"]
     with pytest.raises(kind, match=words):
         COMMANDS[command].main(["--runs", str(tmp_path / "runs"), *data, "--results", str(tmp_path / "x.json")])
+
+
+@pytest.mark.parametrize("command", [landscape_table, spectrum_table])
+def test_runs_on_an_image_folder_ask_for_its_path(command, tmp_path):
+    put(tmp_path / "runs", "photos")
+    words = f"--runs {tmp_path / 'runs'} --results {tmp_path / 'x.json'}".split()
+    with pytest.raises(ValueError, match="trained on an image folder called photos: give its path by --data"):
+        command.main(words)
+    with pytest.raises(FileNotFoundError, match="no image folder at .*photos: expected a folder with train/<class>/"):
+        command.main([*words, "--data", str(tmp_path / "photos")])
 
 
 # ---- variants are lines of their own --------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from .cost import machine
 from .directions import path_lengths, principal_directions
 from .hessian import hessian_spectrum
 from .landscape import batch_loss, path_losses, rise
-from .runs import Run, find_runs
+from .runs import Run, find_runs, source_of
 
 NAME = "karat_lite.analysis.landscape_table"
 MEASURES = {
@@ -80,7 +80,7 @@ def measure(run: Run, args) -> dict:
     device = pick_device(args.device)
     card, path = run.card, run.folder / FILE
     model = run.model().to(device)
-    data = load_dataset(args.data or card["data"], "train", img_size=card["img_size"], limit=args.images)
+    data = load_dataset(source_of(run, args.data), "train", img_size=card["img_size"], limit=args.images)
     images, labels = (part.to(device) for part in data[:])
     smoothing = card["recipe"]["label_smoothing"]
     options = dict(tolerance=args.tolerance, iterations=args.iterations, progress=args.progress)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoints import load_checkpoint
+from ..data import NAMED
 from ..vit import VisionTransformer
 
 MODEL = "model.safetensors"
@@ -61,6 +62,15 @@ def find_runs(folder: str | Path, data: str | None = None, elsewhere: bool = Fal
                 f"{found[0].card['img_size']}: one table holds runs of one size, give each a folder of its own."
             )
     return sorted(found, key=lambda run: (run.variant, run.seed))
+
+
+def source_of(run: Run, data: str | None) -> str:
+    """What `load_dataset` takes for the data of a run, where `data` was given for it, or nothing was."""
+    if data is None and run.data not in NAMED and not Path(run.data).is_dir():
+        raise ValueError(
+            f"{run.folder.name} was trained on an image folder called {run.data}: give its path by --data."
+        )
+    return data or run.data
 
 
 def _card(file: Path) -> dict:

@@ -20,7 +20,7 @@ from ..checks import at_least, run_command
 from ..data import load_dataset, name_of
 from ..trajectory import FILE, load_trajectory
 from .cost import machine
-from .runs import find_runs
+from .runs import find_runs, source_of
 from .spectrum import rank_table, spectra
 from .weights import tail_table
 
@@ -42,7 +42,7 @@ def seeds_table(folder: str | Path, images: int = 64, data: str | None = None, r
     at_least("images", images, 1)
     found_runs, runs = find_runs(folder, data and name_of(data)), []
     size = found_runs[0].card["img_size"]
-    shown = load_dataset(data or found_runs[0].data, "test", img_size=size, limit=images)[:][0]
+    shown = load_dataset(source_of(found_runs[0], data), "test", img_size=size, limit=images)[:][0]
     for run in found_runs:
         trajectory = run.folder / FILE
         ranks = rank_table(spectra(run.model(), shown), rank)
