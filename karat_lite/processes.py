@@ -26,16 +26,12 @@ class Engine:
 
     def __init__(self, device: torch.device, precision: str = "float32"):
         from accelerate import Accelerator
-        from accelerate.state import AcceleratorState, PartialState
 
         if precision == "float16" and device.type == "cpu":
             raise ValueError("precision float16 is for GPUs, a CPU computes it in float32: take bfloat16 or float32.")
         if device.index is not None:
             torch.cuda.set_device(device)
-        # accelerate keeps device and precision of the first training for the whole process. A notebook trains more than
-        # once; processes that were started together stay as they are.
-        if AcceleratorState._shared_state and PartialState().num_processes == 1:
-            AcceleratorState._reset_state(reset_partial_state=True)
+        _forget()
         self._accelerate = Accelerator(cpu=device.type == "cpu", mixed_precision=PRECISIONS[precision])
         self.device = self._accelerate.device
         self.part = (self._accelerate.process_index, self._accelerate.num_processes)
@@ -51,6 +47,7 @@ class Engine:
     def release(self) -> None:
         """Let go of what `prepare` made."""
         self._accelerate.free_memory()
+        _forget()
 
     def backward(self, loss: Tensor) -> None:
         self._accelerate.backward(loss)
@@ -87,6 +84,15 @@ class Engine:
         torch.set_rng_state(state["random"])
         if state["random_gpu"] is not None:
             torch.cuda.set_rng_state(state["random_gpu"], self.device)
+
+
+def _forget() -> None:
+    """accelerate keeps device and precision of the first training for the whole process, and its launcher starts others
+    only where it has none. A notebook trains more than once; processes that were started together stay as they are."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    if AcceleratorState._shared_state and PartialState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class _Around(nn.Module):

@@ -149,6 +149,9 @@ RECIPES = {
     # The paper's table 5 (section 4 of its facts) on 224-pixel images: CIFAR's batch size, then ImageNet's.
     "paper": PAPER,
     "paper_imagenet": dataclasses.replace(PAPER, batch_size=128, lr=5e-4 * 128 / 512),
+    # What the same table gives ConViT and Swin in other words; for ImageNet, as above, with --scale-batch 128.
+    "paper_convit": dataclasses.replace(PAPER, eps=1e-8, auto_augment="rand-m9-mstd0.5-inc1", ema=None),
+    "paper_swin": dataclasses.replace(PAPER, eps=1e-8, ema=None),
 }
 
 

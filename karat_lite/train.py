@@ -5,7 +5,8 @@ python -m karat_lite.train --data digits --basis fourier dog --order w_phi phi_w
 python -m karat_lite.train --data cifar10 --recipe paper --model vit_tiny --img-size 224 --workers 8 --out runs --resume
 torchrun --nproc-per-node 2 -m karat_lite.train --data digits --out runs
 
-Every field of a recipe is an option of that name: --epochs 3 --mixup 0 --ema 0.999 --crop-scale 0.5 1.
+Every field of a recipe is an option of that name: --epochs 3 --mixup 0 --ema 0.999 --crop-scale 0.5 1. Where a GPU
+has room, --scale-batch 512 takes the recipe to larger batches: linear learning rates, an average of the same age.
 """
 
 import argparse
@@ -42,6 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     command = "python -m karat_lite.train " + shlex.join(sys.argv[1:] if argv is None else argv)
     changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)}
     recipe = make_recipe(args.recipe, **changed)
+    if args.scale_batch is not None:
+        if "batch_size" in changed:
+            raise ValueError("--scale-batch keeps rates in proportion, --batch-size as they are: give one of them.")
+        recipe = recipe.with_batch(args.scale_batch)
     first = int(os.environ.get("RANK", 0)) == 0  # of several processes one speaks and writes
     say = print if first else lambda *_: None
     _check_options(args)
@@ -284,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--recipe", default="small", choices=list(RECIPES))
     for field in dataclasses.fields(Recipe):
         add(f"--{field.name.replace('_', '-')}", **_kind(field))
+    add("--scale-batch", type=int, help="batches of this size, with learning rates and ema in proportion")
     add("--device", default="auto")
     add("--workers", type=int, default=0, help="processes that read and augment pictures")
     add("--snapshots", type=int, default=0, help="at most so many copies of the weights, in OUT/RUN/trajectory")

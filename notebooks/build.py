@@ -1,6 +1,7 @@
 """Runs the notebooks, makes their pages, and writes and checks what is committed of them.
 
     python notebooks/build.py run --out build [00_quickstart ...]   smoke profile, pages and an index in build/
+    python notebooks/build.py run --profile full -p PLAN=pico 05_training   another profile, other parameters
     python notebooks/build.py commit [00_quickstart ...]            reader profile, outputs written into the notebooks
     python notebooks/build.py check                                 the rules for committed notebooks
     python notebooks/build.py address                               pyproject's address into badges and bootstrap cells
@@ -27,7 +28,7 @@ import hygiene
 
 ROOT = hygiene.ROOT
 FOLDER = ROOT / "notebooks"
-CELL_TIMEOUT = {"smoke": 120, "reader": 1800}  # seconds; papermill's own default is never
+CELL_TIMEOUT = {"smoke": 120, "reader": 1800, "full": 12 * 3600}  # seconds; papermill's own default is never
 STARTS = 3  # kernels started side by side may be given the same port: one of them ends before its first cell
 NOT_STARTED = "Kernel died before replying to kernel_info"
 
@@ -106,9 +107,19 @@ def each(paths, work, jobs: int = 1) -> list[Run]:
     return runs
 
 
-def build(names, out: Path, jobs: int = 1) -> None:
-    """Notebooks in the smoke profile, an HTML page each; an index when all of them were run, and went well."""
+def build(names, out: Path, jobs: int = 1, profile: str = "smoke", parameters=()) -> None:
+    """Notebooks in a profile, an HTML page each; an index when all of them were run, and went well.
+
+    parameters: words NAME=VALUE for the cell of that tag, in all notebooks that are run.
+    """
     import pages
+
+    given = {"PROFILE": profile}
+    for word in parameters:
+        name, is_there, value = word.partition("=")
+        if not is_there or any(name not in parameters_of(path) for path in chosen(names)):
+            sys.exit(f"-p {word}: expected NAME=VALUE, where NAME is a parameter of every notebook that is run")
+        given[name] = value
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "index.html").unlink(missing_ok=True)
@@ -118,7 +129,7 @@ def build(names, out: Path, jobs: int = 1) -> None:
     one_page = Lock()
 
     def work(path):
-        run = execute(path, out / path.name, "smoke", {"PROFILE": "smoke"}, env=env)
+        run = execute(path, out / path.name, profile, given, env=env)
         if run.out.is_file():
             with one_page:
                 pages.page(nbformat.read(run.out, as_version=4), out / f"{path.stem}.html")
@@ -128,6 +139,12 @@ def build(names, out: Path, jobs: int = 1) -> None:
     if not names:
         pages.index(runs, out / "index.html")
     print(f"Open {out / ('index.html' if not names else f'{runs[0].out.stem}.html')}")
+
+
+def parameters_of(path: Path) -> set[str]:
+    """What a notebook's cell of parameters sets."""
+    ((_, cell),) = hygiene.tagged(nbformat.read(path, as_version=4), "parameters")
+    return set(re.findall(r"^(\w+) = ", cell.source, flags=re.M))
 
 
 def commit(names) -> None:
@@ -239,9 +256,11 @@ def old_slug(paths) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    run = verbs.add_parser("run", help="execute in the smoke profile and make pages")
+    run = verbs.add_parser("run", help="execute, in the smoke profile by default, and make pages")
     run.add_argument("--out", type=Path, default=ROOT / "build")
     run.add_argument("--jobs", type=int, default=2 if (os.cpu_count() or 1) > 1 else 1, help="at a time (%(default)s)")
+    run.add_argument("--profile", default="smoke", choices=list(CELL_TIMEOUT))
+    run.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE")
     run.add_argument("names", nargs="*")
     verbs.add_parser("commit", help="execute in the reader profile, in place").add_argument("names", nargs="*")
     verbs.add_parser("check", help="check the committed notebooks")
@@ -251,7 +270,7 @@ def main() -> None:
     if options.verb == "run":
         if options.jobs < 1:
             parser.error(f"--jobs must be at least 1, given {options.jobs}")
-        build(options.names, options.out, options.jobs)
+        build(options.names, options.out, options.jobs, options.profile, options.parameters)
     elif options.verb == "commit":
         commit(options.names)
     else:

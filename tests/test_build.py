@@ -357,6 +357,25 @@ def test_notebooks_run_as_many_at_a_time_as_asked(jobs, capsys):
     assert re.findall(r"^\[\d/4\] (\w)", capsys.readouterr().out, flags=re.M) == list("abcd")
 
 
+def test_a_run_takes_a_profile_and_parameters(tmp_path, monkeypatch):
+    seen = []
+
+    def execute(source, out, profile="smoke", parameters=(), **_):
+        seen.append((source.stem, profile, dict(parameters)))
+        return build.Run(source.stem, out, profile)
+
+    monkeypatch.setattr(build, "execute", execute)
+    words = ["run", "--out", str(tmp_path), "--profile", "full", "-p", "PLAN=paper", "-p", "EPOCHS=2", "05_training"]
+    monkeypatch.setattr(sys, "argv", ["build.py", *words])
+    build.main()
+    assert seen == [("05_training", "full", {"PROFILE": "full", "PLAN": "paper", "EPOCHS": "2"})]
+    for wrong in ("PLAM=paper", "PLAN"):
+        with pytest.raises(SystemExit, match=f"-p {wrong}: expected NAME=VALUE, where NAME is a parameter of every"):
+            build.build(["05_training"], tmp_path, parameters=[wrong])
+    with pytest.raises(SystemExit, match="-p PLAN=pico: expected"):
+        build.build(["05_training", "04_fourier_karat"], tmp_path, parameters=["PLAN=pico"])
+
+
 def test_no_notebook_at_a_time_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["build.py", "run", "--jobs", "0"])
     with pytest.raises(SystemExit):

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell
 from pace import slowness
+from PIL import Image
 
 import build
 import hygiene
@@ -212,6 +214,35 @@ def test_runs_in_colab_with_parameters_and_solutions_pass(started, clone_url, na
     assert len(checks) == len(hygiene.exercises(source(name))) > 0
     verdicts = [text(cell).strip().rpartition("\n")[2] for _, cell in checks]  # a check may show something before it
     assert [verdict for verdict in verdicts if not verdict.startswith("✓ correct: ")] == []
+
+
+PLANS = ("SEED = 0", "import dataclasses", "NAMES = {", 'paper = kl.RECIPES["paper"]', "plans = {", "where = (Path(")
+
+
+@pytest.mark.parametrize("given", ["out of reach", "a folder"])
+def test_a_reader_chooses_what_page_05_trains_at_length(given, tmp_path):
+    """Its section 8 alone: without a network CIFAR-10 gives way to drawn shapes; a folder's pictures are read whole."""
+    nb = source("05_training")
+    nb.cells = [c for c in nb.cells if "bootstrap" in c.metadata.get("tags", []) or any(p in c.source for p in PLANS)]
+    assert len(nb.cells) == 1 + len(PLANS)
+    told = "chosen, parts[0].name, type(parts[0]).__name__, long_run.epochs, len(parts[0])"
+    nb.cells.append(new_code_cell(f"print({told})"))
+    nbformat.write(nb, tmp_path / "05_training.ipynb")
+    parameters = {"PROFILE": "smoke", "EPOCHS": 2, "PLAN": "pico"}
+    if given == "a folder":
+        pixels = np.random.default_rng(0).integers(0, 255, (24, 36, 3)).astype(np.uint8)
+        for path in (tmp_path / "pics" / part / kind for part in ("train", "test") for kind in "ab"):
+            path.mkdir(parents=True)
+            for i in range(20):
+                Image.fromarray(pixels).save(path / f"{i}.png")
+        parameters |= {"PLAN": "smoke", "DATA": tmp_path / "pics"}
+    run = build.execute(tmp_path / "05_training.ipynb", tmp_path / "out.ipynb", parameters=parameters)
+    assert run.problems == []
+    cells = nbformat.read(run.out, as_version=4).cells
+    said = "reader shapes Images 2 512" if given == "out of reach" else "smoke pics Files 2 40"
+    assert text(cells[-1]).strip() == said
+    assert ("cannot download" in "".join(map(text, cells))) == (given == "out of reach")
+    assert text(cells[-2]).count("test_accuracy") == 2
 
 
 def test_colab_without_an_address_says_one_line(tmp_path):

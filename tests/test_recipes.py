@@ -135,6 +135,14 @@ def test_a_larger_batch_keeps_the_recipe_in_proportion():
     assert PAPER.with_batch(32) == PAPER and kl.Recipe().with_batch(64).ema is None
 
 
+def test_what_the_paper_gives_convit_and_swin():
+    """eps 1e-8 and no average for both; ConViT with augmentation of another strength. All else is as for ViT."""
+    differ = {name: {key: value for key, value in dataclasses.asdict(kl.RECIPES[name]).items()
+                     if value != getattr(PAPER, key)} for name in ("paper_convit", "paper_swin")}  # fmt: skip
+    assert differ["paper_swin"] == dict(eps=1e-8, ema=None)
+    assert differ["paper_convit"] == dict(eps=1e-8, ema=None, auto_augment="rand-m9-mstd0.5-inc1")
+
+
 # ---- schedule, groups, average --------------------------------------------------------------------------------------
 
 
@@ -228,6 +236,9 @@ def test_the_average_of_weights_against_sums_by_hand(mode):
         ({"clip_norm": 0.0}, "recipe's clip_norm must be > 0, got 0.0: infinity switches clipping off"),
         ({"label_smoothing": 1.0}, r"recipe's label_smoothing must be in \[0, 1\), got 1.0"),
         ({"flip": 2.0}, r"recipe's flip must be in \[0, 1\], got 2.0"),
+        *(({name: -0.1}, f"recipe's {name} must be >= 0, got -0.1")
+          for name in ("warmup_epochs", "weight_decay", "mixup", "cutmix", "color_jitter")),
+        ({"test_crop": 1.5}, r"recipe's test_crop must be in \(0, 1\], got 1.5"),
         ({"ema": 1.0}, r"recipe's ema must be in \(0, 1\), or None, got 1.0"),
         ({"operator_decay": -1.0}, "recipe's operator_decay must be >= 0, or None, got -1.0"),
         ({"precision": "float31"}, "unknown precision 'float31': did you mean 'float32'"),
@@ -240,7 +251,7 @@ def test_the_average_of_weights_against_sums_by_hand(mode):
         ({"lr": math.inf}, "recipe's lr must be a finite number, got inf"),
         ({"warmup_epochs": math.inf}, "recipe's warmup_epochs must be a finite number, got inf"),
         ({"crop_ratio": (0.5, 2)}, "a recipe's crop_ratio needs crop_scale: it works on single pictures"),
-    ],
+    ],  # fmt: skip
 )
 def test_a_recipe_that_makes_no_sense_is_refused(changes, told):
     with pytest.raises(ValueError, match=told):

@@ -53,6 +53,16 @@ def test_the_command_line_trains_twins_and_writes_its_results(tmp_path, capsys):
     assert apart["softmax", 0] < 0.005 < 0.01 < apart["karat", 1]
 
 
+def test_larger_batches_take_the_rates_with_them(tmp_path):
+    table = tmp_path / "table.json"
+    options = "--data digits --attention softmax --limit 128 --epochs 1 --ema 0.9 --lr 0.001 --scale-batch 64".split()
+    command_line(*options, "--results", table)
+    recipe = json.loads(table.read_text())["recipe"]
+    assert (recipe["batch_size"], recipe["lr"], recipe["ema"]) == pytest.approx((64, 0.002, 0.81))
+    with pytest.raises(ValueError, match="--scale-batch keeps rates in proportion, --batch-size as they are: give one"):
+        command_line(*options, "--batch-size", 32)
+
+
 def test_the_summary_of_seeds():
     """Mean, and standard deviation with n - 1."""
     summaries = train_module._summaries

@@ -21,7 +21,7 @@ write the same number, so there are no atomics, and two calls agree bit by bit.
     key_and_right_gradient    rows of dK and dR_f    images of a group, k    once
 
 The last takes the place of the two before it where its accumulators fit in registers: G <= 3, e <= 16, d <= 64, one R
-for all images. On an H200 it took 0.80 (N = 197) to 0.87 (N = 1,025) of their time.
+for all images.
 
 Scores are evaluated anew in every kernel: d products and a sine cost less than moving M N numbers. The accumulators of
 dR must stay in registers, so three harmonics go at a time; the paper's G = 3 is one launch. Where images share R, the
@@ -47,7 +47,7 @@ from .fourier_programs import INTERPRETED, key_and_right_gradient, mix, right_gr
 
 MAX_CHANNELS = 128  # d: blocks of queries, keys and their gradients must fit in registers
 MAX_GRID = 16  # G: tested up to 11, the paper's largest; the right gradient's code grows with it
-PROGRAMS = 1024  # aim of the right gradient's grid: about four for each of a large GPU's 132 multiprocessors
+PROGRAMS = 1024  # aim of the right gradient's grid: about eight for each of a large GPU's 132 multiprocessors
 HARMONICS = 3  # accumulated at a time by the right gradient, which names its accumulators: 3 cosines, 3 sines
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
