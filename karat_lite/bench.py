@@ -321,9 +321,9 @@ class Bench:
         return lambda: [method() for _ in range(self.sizes.at_once)]
 
     def _memory(self, rival: Rival, mode: str) -> dict:
-        """Bytes kept for the backward pass, and the peak of forward and backward pass; nothing for a forward pass."""
+        """Bytes kept for the backward pass, and the peak: of the forward pass, or of forward and backward pass."""
         if mode == "infer":
-            return {"kept_bytes": None, "peak_bytes": None}
+            return {"kept_bytes": None, "peak_bytes": cost.peak_memory(rival.infer, self.device, warm_up=False)}
         kept = None if rival.case.compiled else cost.kept_bytes(rival.forward, rival.given)
         return {"kept_bytes": kept, "peak_bytes": cost.peak_memory(rival.learn, self.device, warm_up=False)}
 

@@ -6,6 +6,8 @@ wants to run; `compare`, `peak_memory` and `machine_limits` measure this one.
 
 import ctypes
 import gc
+import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
@@ -314,6 +316,8 @@ class Others:
 
 
 def machine() -> str:
-    """The kind of machine, as results name it."""
+    """The kind of machine, as results name it; with a GPU, Triton too, on which the kernels' times depend."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    if gpu and importlib.util.find_spec("triton"):
+        gpu += f", triton {importlib.metadata.version('triton')}"
     return f"{os.cpu_count()} cores, {platform.machine()}{gpu}, torch {torch.__version__}"

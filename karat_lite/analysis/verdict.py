@@ -28,15 +28,16 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 
 def growth(rows: Sequence[dict]) -> list[dict]:
-    """Per competitor, operation and type: exponents in N for N >= `LARGE`, and linearity in G.
+    """Per competitor, operation and type: exponents in N for N >= `LARGE`, of time and memory, and linearity in G.
 
     Time in N is that of the part "growth": all sizes in turns, each as a ratio to the smallest of the same round, so
     that a machine whose speed wavers does not bend the line. Left out where fewer than three points are there.
-    Records: {"of": "time" | "kept_bytes", "in": "N", "what", "competitor", "dtype", "points", "slope"} or
-    {"of": "time", "in": "G", ..., "r_squared"}.
+    Records: {"of": "time" | "kept_bytes" | "peak_bytes", "in": "N", "what", "competitor", "dtype", "points", "slope"},
+    or {"of": "time", "in": "G", ..., "r_squared"}.
     """
     found = []
-    for part, axis, quantity in (("growth", "N", "ratio"), ("tokens", "N", "kept_bytes"), ("grids", "G", "median")):
+    memory = [("tokens", "N", quantity) for quantity in ("kept_bytes", "peak_bytes")]
+    for part, axis, quantity in (("growth", "N", "ratio"), *memory, ("grids", "G", "median")):
         lines: dict[tuple, list[dict]] = {}
         for row in rows:
             if row["part"] == part and row[axis] is not None and (axis == "G" or row["N"] >= LARGE):
@@ -96,8 +97,12 @@ def targets(rows: Sequence[dict], grown: Sequence[dict], karat: str) -> list[dic
     over("softmax", "kept_bytes", (0, 0.90), what=step)
     over("sdpa", "kept_bytes", (0, 1.10), full=True, what=step)
     for line in grown:
-        if line["competitor"] == karat and line["of"] == "time":
-            where = f"{karat}, {line['what']}, {line['dtype']}"
+        if line["competitor"] != karat:
+            continue
+        where = f"{karat}, {line['what']}, {line['dtype']}"
+        if line["of"] == "peak_bytes" and karat == "triton":  # the blocks of a CPU have the same scratch for all sizes
+            check(f"exponent of peak memory in N >= {LARGE}: {where}", line["slope"], 0.9, 1.1)
+        if line["of"] == "time":
             if line["in"] == "N":
                 check(f"exponent of time in N >= {LARGE}: {where}", line["slope"], 1.8, 2.1)
             else:
