@@ -54,7 +54,8 @@ train: $(INSTALLED)
 	@$(PY) -m karat_lite.train $(or $(ARGS),--data digits --out runs --resume)
 
 check-cifar: $(INSTALLED)
-	@$(PY) -m karat_lite.check --data $(or $(DATA),cifar10) $(CIFAR)
+	@[ -n "$(DATA)" ] || { echo "make check-cifar DATA=FOLDER: the folder with test/<class>/ that data/README.md names"; exit 2; }
+	@$(PY) -m karat_lite.check --data $(DATA) $(CIFAR)
 
 bench: $(INSTALLED)
 	@$(PY) -m karat_lite.bench $(ARGS)

@@ -1,13 +1,14 @@
 """karat_lite: Kolmogorov-Arnold attention for Vision Transformers, small and readable.
 
-Ground floor first: checks; bases, fourier, edge_bases; kernels, recompute, functional; operators, attention, vit; data,
-recipes, checkpoints, training beside them. `plots`, `widgets` and `notebook` bring matplotlib and ipywidgets with them,
-so they load when first named; downloads and named_data, with torchvision, when a dataset needs them.
+Ground floor first: checks; bases, fourier, linear_bases, edge_bases; kernels, recompute, functional; operators,
+attention, vit; data, recipes, checkpoints, training beside them. `plots`, `widgets` and `notebook` bring matplotlib and
+ipywidgets with them, so they load when first named; downloads and named_data, with torchvision, when a dataset needs
+them.
 """
 
 import importlib
 
-from . import checkpoints, data, edge_bases, functional, recipes, training
+from . import checkpoints, data, edge_bases, functional, linear_bases, recipes, training
 from .attention import (
     AttentionRecord,
     HybridActivation,
@@ -34,8 +35,8 @@ __all__ = [
     "AttentionRecord", "Basis", "EdgeBasis", "Fourier", "History", "HybridActivation", "KArAtOperator", "KArAttention",
     "LinearBasis", "MultiHeadAttention", "RECIPES", "Recipe", "SoftmaxActivation", "StaticMixer", "Trajectory",
     "VisionTransformer", "available_bases", "available_checkpoints", "checkpoints", "create_model", "data",
-    "edge_bases", "evaluate", "functional", "load_checkpoint", "load_dataset", "load_timm_weights", "load_trajectory",
-    "make_basis", "recipes", "register_basis", "resize", "save_checkpoint", "training", *_LAZY,
+    "edge_bases", "evaluate", "functional", "linear_bases", "load_checkpoint", "load_dataset", "load_timm_weights",
+    "load_trajectory", "make_basis", "recipes", "register_basis", "resize", "save_checkpoint", "training", *_LAZY,
 ]  # fmt: skip
 
 

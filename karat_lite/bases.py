@@ -2,8 +2,8 @@
 
 A *linear* basis is a list of fixed feature maps psi_1 .. psi_F, the same on every edge (p, q) of an operator. A unit is
 their weighted sum, phi_pq(x) = sum_f c_pqf psi_f(x), so the maps are evaluated once per score and only the coefficients
-c_pqf differ from edge to edge. Everything that makes KArAt affordable follows from that (see functional.py). Bases
-whose parameters stand inside the non-linearity have a file of their own: edge_bases.py.
+c_pqf differ from edge to edge. Everything that makes KArAt affordable follows from that (see functional.py). The
+families themselves: fourier.py, linear_bases.py, and, with parameters inside the non-linearity, edge_bases.py.
 """
 
 import ast
@@ -11,7 +11,6 @@ import functools
 import inspect
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -154,7 +153,10 @@ class Basis:
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().expand(torch.broadcast_shapes(x.shape, coef.shape[:-1])).clone().requires_grad_()
             # Each value depends on its own x alone, so the gradient of their sum is phi'.
-            return torch.autograd.grad(self.evaluate(x, coef.detach().clone()).sum(), x)[0]
+            value = self.evaluate(x, coef.detach().clone()).sum()
+            if not value.requires_grad:  # steps, or a constant
+                return torch.zeros_like(x)
+            return torch.autograd.grad(value, x, allow_unused=True, materialize_grads=True)[0]
 
     def with_base(self, base: str) -> "Basis":
         """The same basis with one parameter more per edge, last: the weight of the base activation b(x)."""
@@ -187,10 +189,35 @@ def refuse_second_base(basis: Basis, base: str) -> None:
         raise ValueError(f"{basis!r} has the base activation {basis.base!r}: {base!r} cannot be a second one.")
 
 
-def typical_scores() -> tuple[Tensor, Tensor]:
-    """Points and weights (n,) of Gauss and Hermite: sums over them are means over scores S ~ N(0, 1)."""
-    x, weight = np.polynomial.hermite_e.hermegauss(64)
-    return torch.from_numpy(x), torch.from_numpy(weight / weight.sum())
+def typical_scores(points: int = 4001) -> tuple[Tensor, Tensor]:
+    """Points and weights (n,) of the trapezoid rule: sums over them are means over scores S ~ N(0, 1).
+
+    Exact to rounding for smooth functions, and fine enough for a bump of width 0.01, which a rule of Gauss with as many
+    points as it has digits would step over.
+    """
+    x = torch.linspace(-8, 8, points, dtype=torch.float64, device="cpu")
+    weight = torch.exp(-0.5 * x.square())
+    return x, weight / weight.sum()
+
+
+def to_variance(mean_square: float, num_edges: int, basis: "Basis") -> float:
+    """The factor that brings a sum of `num_edges` units of this mean square to variance 1."""
+    if not 0 < mean_square < float("inf"):
+        raise ValueError(
+            f"{basis!r} has mean square {mean_square:g} at scores of N(0, 1), which no factor brings to a variance: "
+            "take init='paper', or another reach."
+        )
+    return (num_edges * mean_square) ** -0.5
+
+
+def _is_newer(cls: type, functions: tuple[str, ...], short_cuts: tuple[str, ...]) -> bool:
+    """Whether a class gets one of `functions` from a class that comes before those of its `short_cuts`."""
+
+    def first(names):
+        there = (i for i, parent in enumerate(cls.__mro__) if any(name in vars(parent) for name in names))
+        return next(there, len(cls.__mro__))
+
+    return first(functions) < first(short_cuts)
 
 
 class LinearBasis(Basis):
@@ -198,10 +225,9 @@ class LinearBasis(Basis):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        own = vars(cls)
-        if ("maps" in own or "num_features" in own) and not ("write" in own and "mixing" in own):
-            # A parent's short cuts write the parent's maps.
-            cls.write, cls.mixing = own.get("write", LinearBasis.write), own.get("mixing", LinearBasis.mixing)
+        for short_cut in ("write", "mixing"):  # a parent's are those of the parent's maps
+            if _is_newer(cls, ("maps", "num_features"), (short_cut,)):
+                setattr(cls, short_cut, getattr(LinearBasis, short_cut))
 
     @property
     def num_features(self) -> int:
@@ -248,114 +274,42 @@ class LinearBasis(Basis):
         coef.normal_()
         if init == "variance":
             x, weight = typical_scores()
-            coef.mul_((num_edges * (weight * self.features(x).square().sum(dim=-1)).sum().item()) ** -0.5)
+            coef.mul_(to_variance((weight * self.features(x).square().sum(dim=-1)).sum().item(), num_edges, self))
 
     def _check(self) -> None:
         x = torch.linspace(-1, 1, 6, device="cpu").view(2, 3)
-        maps = dict(self.maps(x))
+        maps, given = {}, {}
+        for f, psi in self.maps(x):
+            maps[f], given[f] = psi, psi.clone()
         if sorted(maps) != list(range(self.num_features)):
             raise ValueError(
                 f"basis {self.name!r}: maps(x) must yield (f, psi_f) once for each f in 0 .. {self.num_features - 1} "
                 f"(num_features = {self.num_features}), it yields f = {sorted(maps)}."
             )
+        if changed := [f for f in maps if not torch.equal(maps[f], given[f])]:
+            raise ValueError(
+                f"basis {self.name!r}: the map f = {changed[0]} is changed in place after it was yielded: make each "
+                "map a tensor of its own (t = t * x in place of t *= x)."
+            )
+        if kinds := [psi.dtype for psi in maps.values() if not psi.is_floating_point()]:
+            raise ValueError(f"basis {self.name!r}: maps must be numbers like x, got {kinds[0]}: take psi.to(x.dtype).")
         odd = {f: tuple(psi.shape) for f, psi in maps.items() if psi.shape != x.shape}
         if odd:
             raise ValueError(
                 f"basis {self.name!r}: each map must have the shape of x; for x of shape {tuple(x.shape)} "
                 f"the map f = {min(odd)} has {odd[min(odd)]}."
             )
-        if self.mixing() is not None:
-            raw = x.new_empty(self.num_features, *x.shape)
-            self.write(x, list(raw))
-            found = torch.einsum("fg,g...->...f", self.mixing()[0].to(x), raw)
-            if not torch.allclose(found, self.features(x), rtol=1e-4, atol=1e-5):
-                raise ValueError(
-                    f"basis {self.name!r}: what `write` and `mixing` make are not the maps that `maps` yields."
-                )
-
-
-def _check_reach(reach: float) -> float:
-    if isinstance(reach, str) or not 0 < reach < float("inf"):
-        raise ValueError(f"reach must be > 0, got {reach!r}: the basis lives on [-reach, reach].")
-    return float(reach)
-
-
-@register_basis("bspline")
-class BSpline(LinearBasis):
-    """phi(x) = w (SiLU(x) + sum_m c_m B_m(x)): B-splines of order k on G equal intervals of [-I, I]; F = G + k.
-
-    The knots go on for k intervals to either side, so that inside [-I, I] the splines sum to 1; far outside all are 0
-    and only the base activation is left (KAN's own layer; paper, section 1). `order` is k, `reach` is I.
-    """
-
-    default_base = "silu"
-
-    def __init__(self, grid: int, order: int = 3, reach: float = 4.0):
-        super().__init__(grid)
-        self.options = dict(order=at_least("order", order, 1), reach=_check_reach(reach))
-
-    @property
-    def num_features(self) -> int:
-        return self.grid + self.options["order"]
-
-    def maps(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        # Cox and de Boor on knots -k .. G+k in units of the spacing. Two hats of order d-1 make one of order d.
-        k, reach = self.options["order"], self.options["reach"]
-        u = (x + reach) * (self.grid / (2 * reach))
-        hats = [((u >= j) & (u < j + 1)).to(x.dtype) for j in range(-k, self.grid + k)]
-        for d in range(1, k + 1):
-            hats = [
-                ((u - j) * hats[i] + (j + d + 1 - u) * hats[i + 1]) / d
-                for i, j in enumerate(range(-k, self.grid + k - d))
-            ]
-        yield from enumerate(hats)
-
-    @torch.no_grad()
-    def draw(self, coef: Tensor, init: str, num_edges: int) -> None:
-        """paper: KAN's own start, near zero: c ~ N(0, 0.1^2), so that SiLU speaks first. variance: as for any basis."""
-        super().draw(coef, init, num_edges)
-        if init == "paper":
-            coef.mul_(0.1)
-
-
-@register_basis("chebyshev")
-class Chebyshev(LinearBasis):
-    """phi(x) = sum_{m=0..G} c_m T_m(tanh x), T_m(cos t) = cos(m t): polynomials need a bounded argument; F = G + 1."""
-
-    @property
-    def num_features(self) -> int:
-        return self.grid + 1
-
-    def maps(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        t = torch.tanh(x)
-        before, now = torch.ones_like(t), t
-        yield 0, before
-        for m in range(1, self.grid + 1):
-            yield m, now
-            before, now = now, 2 * t * now - before
-
-
-@register_basis("rbf")
-class RBF(LinearBasis):
-    """phi(x) = sum_{m=1..G} c_m exp(-(x - mu_m)^2 / (2 s^2)): G centres mu_m evenly on [-I, I], s their spacing; F = G.
-
-    One centre alone (G = 1) stands at 0 with s = I. `reach` is I.
-    """
-
-    def __init__(self, grid: int, reach: float = 4.0):
-        super().__init__(grid)
-        self.options = dict(reach=_check_reach(reach))
-
-    @property
-    def num_features(self) -> int:
-        return self.grid
-
-    def maps(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        reach = self.options["reach"]
-        spacing = 2 * reach / (self.grid - 1) if self.grid > 1 else reach
-        for m in range(self.grid):
-            centre = m * spacing - reach if self.grid > 1 else 0.0
-            yield m, torch.exp(-0.5 * ((x - centre) / spacing).square())
+        raw, mixing = x.new_empty(self.num_features, *x.shape), self.mixing()
+        self.write(x, list(raw))
+        found = raw if mixing is None else torch.einsum("fg,g...->f...", mixing[0].to(x), raw)
+        if not torch.allclose(found.movedim(0, -1), self.features(x), rtol=1e-4, atol=1e-5):
+            raise ValueError(
+                f"basis {self.name!r}: what `write` and `mixing` make are not the maps that `maps` yields."
+            )
+        if mixing is not None:
+            slopes = torch.stack([self.derivative(x, row) for row in torch.eye(self.num_features, device="cpu")])
+            if not torch.allclose(torch.einsum("fg,g...->f...", mixing[1].to(x), raw), slopes, rtol=1e-3, atol=1e-4):
+                raise ValueError(f"basis {self.name!r}: the second matrix of `mixing` does not give the maps' slopes.")
 
 
 class _LinearWithBase(LinearBasis):

@@ -167,7 +167,7 @@ def shown(name: str) -> str:
 
 def legend(axes, **options) -> None:
     """A legend in our colours; the handles are long enough to show their line style."""
-    look = dict(fontsize=9, labelcolor=INK, facecolor="white", edgecolor="#cccccc", framealpha=0.9, handlelength=3.2)
+    look = dict(fontsize=9, labelcolor=INK, facecolor="white", edgecolor="#cccccc", framealpha=0.9, handlelength=4)
     axes.legend(**look, **options)
 
 

@@ -75,7 +75,7 @@ def load_checkpoint(path_or_name: str | Path, model: VisionTransformer | None = 
         )
     if model is None:
         with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
-            model = create_model(**card["config"])
+            model = create_model(**card["config"]).float()
     elif model.config != card["config"]:
         mine, its = model.config, card["config"]
         keys = [key for key in {**mine, **its} if mine.get(key) != its.get(key)]
@@ -84,7 +84,7 @@ def load_checkpoint(path_or_name: str | Path, model: VisionTransformer | None = 
             f"{path.name} holds another configuration ({differences}): load it without `model` to build it."
         )
     try:
-        load_model(model, path)
+        load_model(getattr(model, "_orig_mod", model), path)
     except RuntimeError as error:
         if isinstance(card.get("steps"), list):
             raise ValueError(f"{path} holds the weights of many steps: load it with load_trajectory.") from error

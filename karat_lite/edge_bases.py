@@ -14,7 +14,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .bases import BASE_ACTIVATIONS, Basis, refuse_second_base, register_basis, typical_scores
+from .bases import (
+    BASE_ACTIVATIONS,
+    Basis,
+    _is_newer,
+    refuse_second_base,
+    register_basis,
+    to_variance,
+    typical_scores,
+)
 from .checks import at_least
 
 
@@ -29,8 +37,7 @@ class EdgeBasis(Basis):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        own = vars(cls)
-        if ("evaluate" in own or "psi" in own) and not ("pull" in own or "psi_and_slope" in own):
+        if _is_newer(cls, ("evaluate", "psi"), ("pull", "psi_and_slope")):
             cls.pull = EdgeBasis.pull  # a parent's slopes are those of the parent's functions
 
     @property
@@ -40,12 +47,17 @@ class EdgeBasis(Basis):
     @torch.no_grad()
     def draw(self, coef: Tensor, init: str, num_edges: int) -> None:
         """paper: w ~ N(0, 1). variance: w ~ N(0, v), v = 1 / (num_edges E[shape(S)^2]), S ~ N(0, 1)."""
+        if self.num_parameters != 1 + len(self.rest):
+            raise ValueError(
+                f"basis {self.name!r} has num_parameters = {self.num_parameters}, a factor and {len(self.rest)} "
+                "numbers in `rest`: say in `rest` where the others start, or define `draw` and `scaled`."
+            )
         coef[..., 0].normal_()
         coef[..., 1:] = coef.new_tensor(self.rest)
         if init == "variance":
             x, weight = typical_scores()
             shape = self.evaluate(x, x.new_tensor([1.0, *self.rest]))
-            coef[..., 0].mul_((num_edges * (weight * shape.square()).sum().item()) ** -0.5)
+            coef[..., 0].mul_(to_variance((weight * shape.square()).sum().item(), num_edges, self))
 
     def scaled(self, coef: Tensor, factor: Tensor) -> Tensor:
         return torch.cat([coef[..., :1] * factor.unsqueeze(-1), coef[..., 1:]], dim=-1)
@@ -59,7 +71,9 @@ class EdgeBasis(Basis):
         with torch.enable_grad():
             x, coef = x.detach().requires_grad_(), coef.detach().requires_grad_()
             value = self.evaluate(x, coef)
-        return torch.autograd.grad(value, (x, coef), grad.expand_as(value))
+        return torch.autograd.grad(
+            value, (x, coef), grad.expand_as(value), allow_unused=True, materialize_grads=True
+        )  # a step has no slope
 
     def with_base(self, base: str) -> "EdgeBasis":
         return _EdgeWithBase(self, base)
@@ -73,6 +87,17 @@ class EdgeBasis(Basis):
                 f"basis {self.name!r}: evaluate(x, coef) must broadcast x against coef[..., 0]; for x of shape (2, 3) "
                 f"and coef of shape {tuple(coef.shape)} expected (4, 2, 3), it gives {given}."
             )
+        if type(self).pull is not EdgeBasis.pull:
+            self._check_slopes()
+
+    def _check_slopes(self) -> None:
+        same, double = torch.Generator("cpu").manual_seed(0), dict(dtype=torch.float64, device="cpu")
+        sizes = (1, 2, 1, 3), (1, 2, 2, 1, self.num_parameters), (1, 1, 2, 3)
+        with torch.inference_mode(False):
+            x, coef, grad = (torch.randn(size, generator=same, **double) for size in sizes)
+            pairs = zip(self.pull(x, coef, grad), EdgeBasis.pull(self, x, coef, grad), strict=True)
+        if not all(torch.allclose(mine, its, rtol=1e-5, atol=1e-8) for mine, its in pairs):
+            raise ValueError(f"basis {self.name!r}: what `pull` gives are not the slopes of `evaluate`.")
 
 
 @register_basis("rational")
@@ -89,7 +114,7 @@ class Rational(EdgeBasis):
             )
         m, n = degrees
         super().__init__(grid)
-        self.options = dict(degrees=[at_least("degrees' m", m, 0), at_least("degrees' n", n, 1)])  # as JSON says it
+        self.options |= dict(degrees=[at_least("degrees' m", m, 0), at_least("degrees' n", n, 1)])  # as JSON says it
 
     @property
     def num_parameters(self) -> int:
@@ -131,11 +156,11 @@ class Rational(EdgeBasis):
         coef.normal_()
         if init == "variance":
             m, _ = self.options["degrees"]
-            x, weight = typical_scores()
+            x, weight = typical_scores(101)  # fine enough for these
             same = torch.Generator("cpu").manual_seed(0)
             many = torch.randn(4096, 1, self.num_parameters, generator=same, device="cpu").double()
             mean = (weight * self.evaluate(x, many).square().mean(dim=0)).sum().item()
-            coef[..., : m + 1].mul_((num_edges * mean) ** -0.5)
+            coef[..., : m + 1].mul_(to_variance(mean, num_edges, self))
 
     def scaled(self, coef: Tensor, factor: Tensor) -> Tensor:
         m, _ = self.options["degrees"]

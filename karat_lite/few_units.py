@@ -61,7 +61,7 @@ def attend_tokens(x: Tensor, layer: nn.Module) -> Tensor:
     y = operator.sums(q, k)
     w = operator.weight
     # One matrix for every image by `expand`: a matmul of two and three axes would copy all tokens, and keep the copy.
-    mixed = torch.bmm(rearrange(w, "h N r -> (h r) N").expand(len(x), -1, -1), x)
+    mixed = torch.bmm(rearrange(w, "h N r -> (h r) N").expand(x.shape[0], -1, -1), x)
     mixed = rearrange(mixed, "B (h r) dim -> h (B r) dim", h=h)  # W^T X
     bias = rearrange(w.sum(dim=1), "h r -> h 1 r 1") * rearrange(v_bias, "(h d) -> h 1 1 d", h=h)  # (W^T 1) b_V^T
     u = rearrange(mixed @ rearrange(v_weight, "(h d) dim -> h dim d", h=h), "h (B r) d -> h B r d", r=r) + bias

@@ -42,6 +42,9 @@ class History:
         """Read what `save` wrote. Raises `ValueError` that names the file where it is none."""
         try:
             rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        except json.JSONDecodeError as error:
+            if odd := [row for row in rows if not isinstance(row, dict)]:
+                raise ValueError(f"a line holds {odd[0]!r}")
+        except ValueError as error:
             raise ValueError(f"{path} is no history of a training, or damaged ({error}).") from error
-        return cls([row for row in rows if "epoch" in row], [row for row in rows if "step" in row])
+        steps = [row for row in rows if "step" in row]
+        return cls([row for row in rows if "epoch" in row and "step" not in row], steps)

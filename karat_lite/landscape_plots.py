@@ -58,8 +58,9 @@ def surface(
         axes = figure.add_axes(place, projection="3d", computed_zorder=False, facecolor="white")
         # What is beyond the bounds is cut off there, or it would leave the box.
         heights, across = np.log10(loss.clip(scale.norm.vmin, scale.norm.vmax)), np.meshgrid(alphas, betas)
-        colours = scale.cmap(scale.norm(loss))
-        colours = (colours[1:, 1:] + colours[:-1, :-1] + colours[1:, :-1] + colours[:-1, 1:]) / 4
+        # A facet has the colour of its corners' mean, on the scale's logarithmic axis: one that the bar beside it has.
+        facets = (heights[1:, 1:] + heights[:-1, :-1] + heights[1:, :-1] + heights[:-1, 1:]) / 4
+        colours = scale.cmap(scale.norm(10**facets))
         axes.plot_surface(*across, heights, rstride=1, cstride=1, facecolors=colours, shade=False, linewidth=0.25,
                           edgecolor="#ffffff60", antialiased=True)  # fmt: skip
         if paths:
@@ -222,6 +223,8 @@ def sharpness(results: Mapping) -> Figure:
             axes.set(xscale="log", xlim=(low / 1.5, 1.5 * high))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             axes.xaxis.set_minor_locator(NullLocator())
+        elif low > 0.5 * high > 0:  # far from 0, which marks do not need
+            axes.set_xlim(low - 0.3 * (high - low or low), high + 0.3 * (high - low or high))
         else:
             axes.set_xlim(min(0.0, 1.1 * low), 1.15 * high if high > 0 else 1)
             axes.xaxis.set_major_locator(MaxNLocator(4))

@@ -163,14 +163,15 @@ def deletion_curves(curves: Mapping) -> Figure:
     size = ((WIDTH - 1.25 - words) / 2, 2.7)
     figure, panels = sheet(1, 2, size, margins=(0.65, words, 0.55, 0.35), gaps=(0.6, 0))
     areas: dict[str, list[float]] = {name: [] for name in curves}
+    looks = _by_model(list(curves))
     for axes, which in zip(panels, ("deletion", "insertion"), strict=True):
-        for i, (name, curve) in enumerate(curves.items()):
+        for name, curve in curves.items():
             x = as_array(f"shares of {name!r}", curve.shares, 1)
             y = np.atleast_2d(as_array(f"{which} of {name!r}", getattr(curve, which), (1, 2))).mean(axis=0)
             if x.shape != y.shape:
                 raise ValueError(f"{which} of {name!r} has {len(y)} points, its shares {len(x)}.")
             areas[name].append(np.sum((y[1:] + y[:-1]) / 2 * np.diff(x)))
-            axes.plot(100 * x, y, linewidth=2, marker="o", markersize=3.5, label=name, **style(i))
+            axes.plot(100 * x, y, linewidth=2, marker="o", markersize=3.5, label=name, **looks[name])
         axes.set_ylim(0, 1.02)
         gone = which == "deletion"
         title = f"{which}: strongest {'go' if gone else 'come'} first"
@@ -180,6 +181,19 @@ def deletion_curves(curves: Mapping) -> Figure:
     panels[1].legend(panels[1].lines, named, title="areas: left, right", title_fontsize=9, fontsize=9, labelcolor=INK,
                      loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, handlelength=3.2)  # fmt: skip
     return figure
+
+
+def _by_model(names: list[str]) -> dict[str, dict]:
+    """Looks of lines called "model, kind": a colour for each model, a line for each kind; else as everywhere."""
+    parts = [name.partition(", ")[::2] for name in names]
+    models, kinds = (list(dict.fromkeys(part)) for part in zip(*parts, strict=True))
+    if len(models) == len(names):
+        return {name: style(i) for i, name in enumerate(names)}
+    found = {}
+    for name in names:
+        model, _, kind = name.partition(", ")
+        found[name] = {"color": style(models.index(model))["color"], "linestyle": LINES[kinds.index(kind) % len(LINES)]}
+    return found
 
 
 def quality_scores(summary: Sequence[Mapping], layer: int | None = None, scores: Sequence[str] | None = None) -> Figure:
@@ -209,7 +223,7 @@ def quality_scores(summary: Sequence[Mapping], layer: int | None = None, scores:
             if score not in row or (row["signs"] == "absolute" and _same(row, rows, score)):
                 continue
             i, signed = attentions.index(row["attention"]), row["signs"] == "signed"
-            place = kinds.index(row["map"]) + 0.22 * (i - (len(attentions) - 1) / 2)
+            place = kinds.index(row["map"]) + 0.26 * (i - (len(attentions) - 1) / 2) + (0 if signed else 0.1)
             colour = COLOURS[i % len(COLOURS)]
             axes.errorbar(
                 row[score]["mean"], place, xerr=row[score]["std"], color=colour, marker="os^D"[i % 4], markersize=6,

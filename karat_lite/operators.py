@@ -75,7 +75,7 @@ class KArAtOperator(nn.Module):
             raise TypeError(f"basis_options must be a dict of the basis's own options, got {basis_options!r}.")
         self.basis = make_basis(basis, grid, **(basis_options or {}))
         self.init, self.order = one_of("init", init, INITS), one_of("order", order, ORDERS)
-        self.base = self.basis.default_base if base is None else one_of("base activation", base, BASE_ACTIVATIONS)
+        self.base = one_of("base activation", self.basis.default_base if base is None else base, BASE_ACTIVATIONS)
         self.edge_scales, self.simplex = a_flag("edge_scales", edge_scales), a_flag("simplex", simplex)
         rank = None if rank is None else at_least("rank", rank, 1)
         if rank is not None and rank > num_tokens:
@@ -268,4 +268,5 @@ class KArAtOperator(nn.Module):
         rank = "full" if self.rank is None else self.rank
         said = [f"heads={self.num_heads}, tokens={self.num_tokens}, basis={self.basis!r}, rank={rank}"]
         said += [f"order={self.order!r}"] * (self.order != "w_phi") + [f"base={self.base!r}"] * (self.base != "zero")
-        return ", ".join([*said, *["simplex"] * self.simplex, f"init={self.init!r}"])
+        said += ["simplex"] * self.simplex + ["edge scales"] * self.edge_scales
+        return ", ".join([*said, f"init={self.init!r}"])

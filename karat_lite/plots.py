@@ -262,6 +262,10 @@ def learned_functions(
             axes.plot(x, curve, linewidth=2.2, label=label, **next(styles))
         else:
             axes.plot(x, curve, color=FAINT, linewidth=0.8, zorder=1.5)
+    if scores is not None:  # a function that shoots up where it is hardly ever asked would leave all else flat
+        there = np.concatenate([curve[(x >= low) & (x <= high)] for curve in curves])
+        if there.size and np.ptp(curves) > 10 * np.ptp(there) > 0:
+            axes.set_ylim(there.min() - 0.08 * np.ptp(there), there.max() + 0.25 * np.ptp(there))
     if named:
         at = dict(loc="lower right", bbox_to_anchor=(1, 1 if beside else 1 + 0.25 / 2.8))
         legend(axes, **at, ncols=columns, frameon=False, borderaxespad=0.1)
@@ -270,7 +274,7 @@ def learned_functions(
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     axes.set_xlim(x[0], x[-1])
     turns = (x[-1] - x[0]) / (2 * np.pi)
-    if 0.9 <= turns <= 5:  # a Fourier unit repeats after 2 pi: let the ticks show it
+    if 0.9 <= turns <= 5 and "phi" in symbol:  # a Fourier unit repeats after 2 pi: let the ticks show it
         below.xaxis.set_major_locator(MultipleLocator(np.pi / 2 if turns < 1.6 else np.pi))
         below.xaxis.set_major_formatter(FuncFormatter(multiple_of_pi))
     return figure
@@ -299,8 +303,9 @@ def costs(rows: Mapping[str, Mapping[str, float]]) -> Figure:
         low, high = np.log10(column.min()), np.log10(column.max())
         room = 0.12 * max(0.5, high - low)
         axes.set_xlim(10 ** (low - room), 10 ** (high + room))
+        axes.axvline(column[0], color="#cccccc", linewidth=1, zorder=0)  # a stem's length is the ratio to the first row
         for j, value in enumerate(column):
-            axes.plot([axes.get_xlim()[0], value], [j, j], color="#cccccc", linewidth=1.5, zorder=1)
+            axes.plot([column[0], value], [j, j], color="#cccccc", linewidth=1.5, zorder=1)
             axes.plot(value, j, "o", color=in_order(j, len(names)), markersize=7)
             beside = dict(xycoords=("axes fraction", "data"), va="center", color=INK, fontsize=8.5)
             axes.annotate(said[j][i], (1.04, j), **beside)

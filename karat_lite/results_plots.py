@@ -33,7 +33,7 @@ def accuracy_by_epoch(results: Mapping, variants: Sequence[str] | Mapping[str, s
     the seeds of a variant were trained for different numbers of epochs.
     """
     runs = _runs_of(results, variants)
-    beside = 1.7 + 0.072 * max(map(len, runs))
+    beside = 2.0 + 0.075 * max(map(len, runs))
     figure, (axes,) = sheet(1, 1, (WIDTH - 0.65 - beside, 3.2), margins=(0.65, beside, 0.55, 0.15))
     for i, (name, mine) in enumerate(runs.items()):
         epochs = sorted({len(run["test_accuracy"]) for run in mine})
@@ -44,10 +44,10 @@ def accuracy_by_epoch(results: Mapping, variants: Sequence[str] | Mapping[str, s
             )
         curves = 100 * np.array([as_shares(f"accuracies of {name!r}", run["test_accuracy"]) for run in mine])
         epoch, last = np.arange(1, 1 + curves.shape[1]), curves[:, -1]
-        spread = f" ± {last.std(ddof=1):.1f}" if len(last) > 1 else ""
+        spread = f" ± {last.std(ddof=1):.2f}" if len(last) > 1 else ""
         look = style(i)
         axes.fill_between(epoch, curves.min(axis=0), curves.max(axis=0), color=look["color"], alpha=0.15, linewidth=0)
-        said = f"{name}: {last.mean():.1f}{spread} %"
+        said = f"{name}: {last.mean():.2f}{spread} %"
         axes.plot(epoch, curves.mean(axis=0), linewidth=2, label=said, **look)
     seeds = sorted({len(mine) for mine in runs.values()})
     label_axes(axes, "epoch", f"test accuracy (%), {' or '.join(map(str, seeds))} seed{'s' * (seeds[-1] > 1)}")
@@ -59,9 +59,9 @@ def accuracy_by_epoch(results: Mapping, variants: Sequence[str] | Mapping[str, s
 def accuracy_by_setting(accuracies: Mapping[str, Mapping[float, Sequence[float]]], across: str) -> Figure:
     """Final accuracy over a setting, such as the learning rate, on a logarithmic axis: a mark for every seed.
 
-    accuracies: model -> value of the setting -> accuracies in [0, 1], one a seed. A line goes through the means, and
-    each model's best mean is written beside it. Models stand a little side by side at a value, or twins would hide each
-    other.
+    accuracies: model -> value of the setting -> accuracies in [0, 1], one a seed. A line goes through the means, not
+    over values that only others were trained with, and each model's best mean is written beside it. Models stand a
+    little side by side at a value, or twins would hide each other.
     """
     need_mapping("accuracies", accuracies)
     figure, (axes,) = sheet(1, 1, (5.6, 3.0), margins=(0.65, 0.2, 0.55, 0.35))
@@ -81,11 +81,13 @@ def accuracy_by_setting(accuracies: Mapping[str, Mapping[float, Sequence[float]]
         means = [float(each.mean()) for each in seeds]
         best, look = int(np.argmax(means)), style(i)
         said = f"{name}: best mean {means[best]:.1f} % at {values[best]:g}"
-        axes.plot(values, means, linewidth=2, label=said, **look)
-        aside.append((values, seeds, look["color"]))
+        aside.append((values, seeds, means, said, look))
     marks = sorted({value for by_value in accuracies.values() for value in by_value})
-    step = min([high / low for low, high in itertools.pairwise(marks)], default=2.0) ** 0.05
-    for i, (values, seeds, colour) in enumerate(aside):
+    step = min([high / low for low, high in itertools.pairwise(marks)], default=2.0) ** 0.08
+    for i, (values, seeds, means, said, look) in enumerate(aside):
+        mean_at = dict(zip(values, means, strict=True))  # a line stops where others were trained and this one was not
+        axes.plot(marks, [mean_at.get(mark, np.nan) for mark in marks], linewidth=2, label=said, **look)
+        colour = look["color"]
         for value, each in zip(values, seeds, strict=True):
             at = value * step ** (i - (len(aside) - 1) / 2)
             axes.plot([at] * len(each), each, "os^Dv"[i % 5], color=colour, markeredgecolor="white")

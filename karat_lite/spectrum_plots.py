@@ -143,7 +143,7 @@ def ridges(panels: Mapping[str, Histograms], steps: Sequence[int], columns: int 
             panel.plot(middles, t + heights[t], color="white", linewidth=0.7, zorder=2 * (times - t) + 1)
         panel.set_title(kind, fontsize=10, color=INK, loc="left")
         panel.set(xlim=(found.edges[0], found.edges[-1]), ylim=(-0.5, times - 1 + 1.03 * tallest))
-        ticks = np.unique(np.linspace(0, times - 1, min(times, 5)).round().astype(int))
+        ticks = np.unique(np.linspace(0, times - 1, min(times, 8)).round().astype(int))
         panel.set_yticks(ticks, [f"{steps[t]:,}" for t in ticks] if i % columns == 0 else [""] * len(ticks))
         panel.xaxis.set_major_locator(MaxNLocator(3))
         label_axes(panel, "weight", "step" if i % columns == 0 else "")

@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
             if larger is not None:
                 resized = evaluate(resize(model, larger), resized_data, args.device)
                 results["runs"][-1]["resized"] = {"img_size": larger, "accuracy": resized["accuracy"]}
+            if args.resume and args.results is not None:
+                _add_others(results["runs"], args.results)
             results["summary"] = _summaries(results["runs"])
             if args.results is not None and first:  # after every run: an interruption loses one, not all
                 text = json.dumps(results, indent=1)
@@ -226,6 +228,14 @@ def _runs_so_far(args, variants) -> list[dict]:
     if lost := sorted({seed for name, seed in there if name not in variants or seed not in args.seeds}):
         raise ValueError(f"{args.results} holds runs of seeds {', '.join(map(str, lost))}: name them in --seeds, too.")
     return runs
+
+
+def _add_others(runs: list[dict], path: Path) -> None:
+    """Runs that another call has written into the same file meanwhile stay there."""
+    if path.is_file():
+        mine = {(run["attention"], run["seed"]) for run in runs}
+        found = json.loads(path.read_text())["runs"]
+        runs += [run for run in found if (run["attention"], run["seed"]) not in mine]
 
 
 def _summaries(runs: list[dict]) -> dict[str, dict]:

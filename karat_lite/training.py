@@ -28,7 +28,7 @@ from .progress import progress_bar
 from .recipes import Recipe
 from .resume import load_state, save_state
 from .trajectory import FILE, pack_snapshots, remove_snapshots, save_snapshot, snapshot_steps
-from .vit import VisionTransformer
+from .vit import VisionTransformer, check_as_built
 
 LOOK_GPU = 20  # steps between looks at the loss: a GPU has to be waited for, a CPU is looked at after every step
 
@@ -91,6 +91,8 @@ def train(
         json.dumps({**(card or {}), "config": model.config})  # better now than after an epoch
     except (TypeError, ValueError) as error:
         raise TypeError(f"the card must hold what JSON can say, got {card!r} ({error}).") from error
+    if out is not None:
+        check_as_built(getattr(model, "_orig_mod", model))
     engine = Engine(pick_device(device), recipe.precision)
     _check_fit(model, train_data, test_data, recipe, engine.part[1])
     out = None if out is None else Path(out)
@@ -132,6 +134,7 @@ class _Training:
 
     def __init__(self, model, train_data, test_data, recipe: Recipe, seed: int, engine, out: Path | None, card: dict):
         self.model, self.recipe, self.seed, self.engine, self.out, self.more = model, recipe, seed, engine, out, card
+        self.plain = getattr(model, "_orig_mod", model)  # of torch.compile(model): what files hold
         self.train_data, self.test_data = train_data, as_tested(test_data, recipe, model.img_size)
         self.per_epoch = len(train_data) // recipe.batch_size
         self.steps = recipe.epochs * self.per_epoch
@@ -243,7 +246,7 @@ class _Training:
         """resume.pt: everything from which this training goes on, as the first process has it. Of the running epoch's
         losses and of random numbers for dropout its own share then stands for all."""
         state = {"about": self.about(), "epoch": self.epoch, "done": self.done, "seconds": self.seconds}
-        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
+        state |= {"model": self.plain.state_dict(), "optimizer": self.optimizer.state_dict(), "sums": self.sums}
         state["average"] = None if self.average is None else self.average.state_dict()
         state |= {"records": self.history.records, "steps": self.history.steps, **self.engine.state()}
         save_state(self.out, state)
@@ -273,7 +276,7 @@ class _Training:
 
     def load(self, state: dict) -> None:
         """Take up where `state` was saved."""
-        self.model.load_state_dict(state["model"])
+        self.plain.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -291,15 +294,22 @@ class _Training:
         if self.measure is not None:
             found = self.measure(self.model.eval())
             try:
-                record |= json.loads(json.dumps(found))  # to JSON NumPy's numbers are floats, resume.pt refuses them
-            except TypeError as error:
-                raise TypeError(f"measure must return what JSON can say, got {found!r} ({error}).") from error
+                found = dict(
+                    json.loads(json.dumps(found))
+                )  # to JSON NumPy's numbers are floats, resume.pt refuses them
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"measure must return a dict that JSON can say, got {found!r} ({error}).") from error
+            if taken := {*record, "epoch"} & set(found):
+                raise ValueError(
+                    f"measure returns {', '.join(sorted(taken))}, names of the history's own: take others."
+                )
+            record |= found
             self.model.train()
         self.history.steps.append(record)
 
     def _snapshot(self, step: int) -> None:
         if step in self.snapshots and self.engine.first:
-            save_snapshot(self.out, self.model, step)
+            save_snapshot(self.out, self.plain, step)
 
     def _stop(self, images: Tensor, step: int, look: int, test_loss: float | None = None) -> None:
         """The loss is not finite: say where, and what is left."""

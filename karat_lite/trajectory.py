@@ -5,6 +5,7 @@ What needs the path (weight histories, loss landscapes) reads one file in which 
 
 import json
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +38,17 @@ def pack_snapshots(folder: Path, steps: set[int], card: dict, model_config: dict
     """Put the snapshots after `steps`, if all are there, in folder/trajectory.safetensors; then remove them."""
     from safetensors.torch import load_file, save_file
 
-    files = sorted((folder / "snapshots").glob("*.safetensors"))
-    if [int(file.stem) for file in files] == sorted(steps):
+    files = sorted((folder / "snapshots").glob("[0-9]" * 8 + ".safetensors"))
+    if (folder / FILE).is_file() and not files:
+        return  # packed before
+    if lacking := steps - {int(file.stem) for file in files}:
+        warnings.warn(
+            f"{folder} has no trajectory: its snapshots lack step {min(lacking)}{' and others' * (len(lacking) > 1)}. "
+            "What is there stays in snapshots/.",
+            stacklevel=3,
+        )
+        return
+    if {int(file.stem) for file in files} == steps:
         each = [load_file(file) for file in files]
         stacked = {name: torch.stack([weights[name] for weights in each]) for name in each[0]}
         about = json.dumps({**card, "config": model_config, "steps": sorted(steps)}, indent=1)

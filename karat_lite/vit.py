@@ -144,6 +144,8 @@ class VisionTransformer(nn.Module):
             raise TypeError(f"this model computes in {own}, got images in {x.dtype}: take images.to({own}).")
         if self.training and x.device.type == "cuda":
             return
+        if x.is_meta or torch._C._are_functorch_transforms_active():  # there is no number to look at
+            return
         # A sum is finite only if (barring overflow) every term is; one number to look at instead of a mask of booleans.
         if not torch.compiler.is_compiling() and not x.sum().isfinite() and not x.isfinite().all():
             bad = (~x.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
@@ -274,19 +276,42 @@ def _put_operators(model: VisionTransformer, args: dict, mode: str, softmax_head
 
 
 def check_as_built(model: VisionTransformer) -> None:
-    """Raise `ValueError` unless the model has the tensors that `create_model(**model.config)` gives it.
+    """Raise `ValueError` unless the model has the tensors and parts that `create_model(**model.config)` gives it.
 
-    A file or another size is made from the configuration, and would lose a head, say, that was put in afterwards.
+    A file or another size is made from the configuration, and would lose a head, say, that was put in afterwards, an
+    activation, or that two blocks share one. Dropout may be added: it plays no part when a model is used.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        expected = {name: tuple(x.shape) for name, x in create_model(**model.config).state_dict().items()}
-    found = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    if odd := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
-        raise ValueError(
-            f"this model is not as create_model built it: {odd[0]} is {found.get(odd[0], 'not there')}, its "
-            f"configuration says {expected.get(odd[0], 'nothing of it')}. Build a model with what you need "
-            "(num_classes=..., attention=...), or save the weights by safetensors.torch.save_model."
-        )
+        built = create_model(**model.config)
+    for look in (_tensors, _modules):
+        expected, found = look(built), look(model)
+        if odd := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
+            raise ValueError(
+                f"this model is not as create_model built it: {odd[0]} is {found.get(odd[0], 'not there')}, its "
+                f"configuration says {expected.get(odd[0], 'nothing of it')}. Build a model with what you need "
+                "(num_classes=..., attention=...), or save the weights by safetensors.torch.save_model."
+            )
+
+
+def _tensors(model: nn.Module) -> dict[str, object]:
+    """Name -> shape, or the name of the tensor that it shares."""
+    first: dict[int, str] = {}
+    for name, x in model.named_parameters(remove_duplicate=False):
+        first.setdefault(id(x), name)
+    shared = {n: first[id(x)] for n, x in model.named_parameters(remove_duplicate=False) if first[id(x)] != n}
+    return {name: f"that of {shared[name]}" if name in shared else tuple(x.shape)
+            for name, x in model.state_dict().items()}  # fmt: skip
+
+
+def _modules(module: nn.Module, name: str = "the model") -> dict[str, str]:
+    """Name -> what stands there, in words; without dropout, and seeing through what holds one part beside it."""
+    inner = [(n, part) for n, part in module.named_children() if not isinstance(part, nn.modules.dropout._DropoutNd)]
+    if type(module) is nn.Sequential and len(inner) == 1:
+        return _modules(inner[0][1], name)
+    found = {name: f"{type(module).__name__}({module.extra_repr()})"}
+    for n, part in inner:
+        found |= _modules(part, n if name == "the model" else f"{name}.{n}")
+    return found
 
 
 @torch.no_grad()

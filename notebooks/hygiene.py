@@ -14,7 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import nbformat
-from PIL import Image, ImageChops
+import numpy as np
+from PIL import Image
 
 from fingerprint import fingerprint, parsed
 
@@ -109,16 +110,26 @@ def settled(text: str) -> str:
 def lighter(picture: str) -> str:
     """A PNG in base64, in a palette of 256 colours where nobody sees that: most figures, at a third of their size.
 
-    Left as it is: what is half transparent, and a picture of which more than 1 % would change by 16 of 255 or more.
+    An eighth of the palette are greys; the rest is for colours, half by how many pixels have them, half by how many
+    there are, so that a narrow colour scale keeps its steps. Left as it is: what is half transparent, and a picture in
+    which more than 1 % of the coloured pixels would change by 16 of 255 or more.
     """
     with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
         if "A" in image.getbands() and image.getchannel("A").getextrema() != (255, 255):
             return picture  # a palette would lose what is half transparent
         every = image.convert("RGB")
-        few = every.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-        red, green, blue = ImageChops.difference(every, few.convert("RGB")).split()
-        worst = ImageChops.lighter(ImageChops.lighter(red, green), blue).histogram()
-        if sum(worst[16:]) > 0.01 * sum(worst):
+        pixels = np.asarray(every)
+        coloured = np.ptp(pixels.astype(int), axis=-1) > 12
+        palette = [int(grey) for grey in np.linspace(0, 255, 32).round() for _ in "rgb"]
+        if coloured.any():
+            for some in (pixels[coloured], np.unique(pixels[coloured], axis=0)):
+                cut = Image.fromarray(some[None]).quantize(112, method=Image.Quantize.MEDIANCUT)
+                palette += cut.getpalette()[: 3 * 112]
+        wanted = Image.new("P", (1, 1))
+        wanted.putpalette(palette)
+        few = every.quantize(palette=wanted, dither=Image.Dither.NONE)
+        moved = np.abs(np.asarray(few.convert("RGB")).astype(int) - pixels).max(axis=-1)
+        if (moved[coloured] >= 16).sum() > 0.01 * coloured.sum():
             return picture
     png = io.BytesIO()
     few.save(png, format="png", optimize=True)

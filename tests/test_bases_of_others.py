@@ -5,7 +5,7 @@ import torch
 
 import karat_lite as kl
 from karat_lite.bases import _REGISTRY, LinearBasis, basis_from_key, make_basis
-from karat_lite.edge_bases import DOG, MexicanHat, Wavelet
+from karat_lite.edge_bases import DOG, EdgeBasis, MexicanHat, Wavelet
 from karat_lite.functional import apply_operator, karat_attention
 
 
@@ -16,6 +16,21 @@ class Tanh(DOG):
 class Three(DOG):
     def evaluate(self, x, coef):
         return 3 * super().evaluate(x, coef)
+
+
+class TanhMixin:
+    psi = staticmethod(torch.tanh)
+
+
+class Mixed(TanhMixin, MexicanHat):
+    """Its function comes from beside its parent."""
+
+
+class Step(EdgeBasis):
+    rest = (0.5,)
+
+    def evaluate(self, x, coef):
+        return coef[..., 0] * (x > coef[..., 1])
 
 
 class Bump(Wavelet):
@@ -66,7 +81,7 @@ class Loose(Late):
         super().__init__(grid, **options)
 
 
-@pytest.mark.parametrize("cls", [Tanh, Three, Bump])
+@pytest.mark.parametrize("cls", [Tanh, Three, Bump, Mixed, Step])
 def test_slopes_are_those_of_the_class_and_not_of_its_parent(cls):
     torch.manual_seed(0)
     basis = cls(3)
@@ -75,7 +90,7 @@ def test_slopes_are_those_of_the_class_and_not_of_its_parent(cls):
     weights = torch.randn(2, 1, 4, 3, dtype=torch.float64)
     found = torch.autograd.grad((apply_operator(x, basis, coef) * weights).sum(), (x, coef))
     units = basis.evaluate(x.unsqueeze(3), coef[:, None].unsqueeze(0))  # (B, h, k, p, q)
-    wanted = torch.autograd.grad((units.sum(dim=-1) * weights).sum(), (x, coef))
+    wanted = torch.autograd.grad((units.sum(dim=-1) * weights).sum(), (x, coef), materialize_grads=True)
     for mine, its in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-10, atol=1e-12)
     assert MexicanHat.pull is Wavelet.pull, "a class with slopes of its own keeps the quick way"
@@ -155,3 +170,103 @@ def test_autocast_rounds_no_function(name):
         wanted = use()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(use(), wanted)
+
+
+class Powers(LinearBasis):
+    """1, x, x^2 in one tensor that goes on changing."""
+
+    num_features = 3
+
+    def maps(self, x):
+        t = torch.ones_like(x)
+        for f in range(3):
+            yield f, t
+            t *= x
+
+
+class Truths(LinearBasis):
+    num_features = 1
+
+    def maps(self, x):
+        yield 0, x > 0
+
+
+class Slopeless(LinearBasis):
+    """Right maps, and slopes that are not theirs."""
+
+    num_features = 1
+
+    def maps(self, x):
+        yield 0, x
+
+    def write(self, x, out):
+        out[0].copy_(x)
+
+    def mixing(self):
+        return torch.ones(1, 1), torch.ones(1, 1)
+
+
+class Unbalanced(DOG):
+    psi_and_slope = staticmethod(lambda x: (DOG.psi(x), x))
+
+
+class Uncounted(EdgeBasis):
+    num_parameters = 3
+
+    def evaluate(self, x, coef):
+        return coef.sum(dim=-1) * x
+
+
+REFUSED = {
+    Powers: "the map f = 0 is changed in place after it was yielded: make each map a tensor of its own",
+    Truths: "maps must be numbers like x, got torch.bool",
+    Slopeless: "the second matrix of `mixing` does not give the maps' slopes",
+    Unbalanced: "what `pull` gives are not the slopes of `evaluate`",
+    Uncounted: "num_parameters = 3, a factor and 0 numbers in `rest`: say in `rest` where the others start",
+}
+
+
+@pytest.mark.parametrize("cls", REFUSED)
+def test_a_class_that_contradicts_itself_is_refused(cls):
+    with pytest.raises(ValueError, match=REFUSED[cls]):
+        kl.KArAtOperator(1, 5, cls(2), rank=2)
+
+
+def test_options_of_a_subclass_stand_beside_its_parents():
+    class Moved(kl.linear_bases.RBF):
+        def __init__(self, grid, reach=4.0, shift=0.0):
+            super().__init__(grid, reach)
+            self.shift = shift
+
+    assert Moved(3, shift=2.0).options == {"shift": 2.0, "reach": 4.0}
+
+
+def test_a_function_without_slope_has_the_slope_zero():
+    class Stairs(LinearBasis):
+        num_features = 1
+
+        def maps(self, x):
+            yield 0, (x > 0).to(x.dtype)
+
+    x = torch.linspace(-1, 1, 5)
+    assert torch.equal(Stairs(1).derivative(x, torch.ones(1)), torch.zeros(5))
+    assert torch.equal(Step(1).derivative(x, torch.tensor([1.0, 0.5])), torch.zeros(5))
+
+
+@pytest.mark.parametrize("basis, grid, reach", [("rbf", 1, 0.05), ("rbf", 3, 0.05), ("bspline", 3, 0.05)])
+def test_narrow_functions_start_at_variance_one_too(basis, grid, reach):
+    torch.manual_seed(0)
+    op = kl.KArAtOperator(4, 17, basis, grid, rank=4, basis_options={"reach": reach}, base="zero")
+    scores, v = torch.randn(400, 4, 17, 17), torch.randn(400, 4, 17, 8)
+    assert 0.3 < (op.activate(scores) @ v).var().item() < 3
+
+
+def test_a_function_that_is_zero_everywhere_has_no_variance():
+    class Nothing(LinearBasis):
+        num_features = 1
+
+        def maps(self, x):
+            yield 0, 0 * x
+
+    with pytest.raises(ValueError, match="mean square 0 at scores of N.* which no factor brings to a variance"):
+        kl.KArAtOperator(2, 5, Nothing(1), rank=2)

@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
@@ -241,6 +242,14 @@ def test_pictures_are_made_lighter_and_look_the_same():
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(after))).convert("RGB")).astype(int)
     ground = (drawn == 255).all(axis=-1)
     assert (seen[ground] == 255).all() and np.abs(seen - drawn).mean() < 2 and np.abs(seen - drawn).max() < 60
+    scale = np.full((200, 600, 3), 255, dtype=np.uint8)  # a white sheet, a smooth patch, and a narrow scale beside it
+    scale[20:180, 20:400] = [[[250, 250 - i // 4, 250 - i // 4] for i in range(380)]]
+    scale[20:180, 420:428] = (255 * colormaps["RdBu_r"](np.linspace(1, 0, 160))[:, None, :3]).round()
+    png = io.BytesIO()
+    Image.fromarray(scale).save(png, format="png")
+    after = hygiene.lighter(base64.b64encode(png.getvalue()).decode())
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(after))).convert("RGB")).astype(int)
+    assert np.abs(seen - scale)[20:180, 420:428].max() < 16, "a scale keeps its colours, however few pixels have them"
     clear = Image.fromarray(drawn).convert("RGBA")
     clear.putalpha(100)
     assert hygiene.lighter(as_base64(clear)) == as_base64(clear)

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from small_models import batch, path, tiny
 
-from karat_lite.analysis.content import ablate
+from karat_lite.analysis.content import ablate, mean_scores
 from karat_lite.analysis.directions import filter_norms, principal_directions
+from karat_lite.analysis.functions import scores_seen
 from karat_lite.analysis.hessian import hessian_spectrum
 from karat_lite.analysis.inputs import parts
 from karat_lite.analysis.landscape import batch_loss, grid_around, path_losses, rise
 from karat_lite.analysis.maps import class_token_maps
+from karat_lite.analysis.signal import signal_sizes
 
 IMAGES, LABELS = batch()
 
@@ -97,3 +99,23 @@ def test_filters_of_an_operator_are_those_of_its_model():
     for name in ("coef", "activation.coef", "blocks.0.attn.activation.operator.coef2"):
         assert filter_norms({name: coef})[name].shape == (4, 3, 1, 1)
     assert filter_norms({"patch_embed.proj.weight": coef})["patch_embed.proj.weight"].shape == (4, 1, 1, 1)
+
+
+def test_a_model_that_drops_at_random_is_not_looked_at():
+    model = tiny("softmax", depth=1).train()
+    model.blocks[0].mlp.act = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Dropout(0.5))
+    images, labels = batch(4)
+    looks = {
+        "curvature": lambda: hessian_spectrum(model, images, labels, 1),
+        "loss": lambda: batch_loss(model, images, labels),
+        "maps": lambda: class_token_maps(model, images),
+        "scores": lambda: scores_seen(model, images),
+        "means": lambda: mean_scores(model, images),
+        "signal": lambda: signal_sizes(model, images),
+    }
+    for look in looks.values():
+        with pytest.raises(ValueError, match=r"blocks.0.mlp.act.1 drops numbers at random .* call model.eval\(\)"):
+            look()
+    model.eval()
+    for look in looks.values():
+        look()

@@ -27,13 +27,13 @@ def test_accuracy_is_the_mean_of_the_seeds_and_the_band_their_range():
     assert np.allclose(axes.lines[0].get_ydata(), [12.5, 25, 50]) and np.allclose(axes.lines[1].get_ydata()[-1], 85)
     band = axes.collections[0].get_paths()[0].vertices
     assert np.isclose(band[:, 1].min(), 10) and np.isclose(band[:, 1].max(), 60)
-    assert "softmax: 50.0 ± 14.1 %" in texts(figure) and "2 seeds" in texts(figure)
+    assert "softmax: 50.00 ± 14.14 %" in texts(figure) and "2 seeds" in texts(figure)
     assert figure.get_tightbbox().x1 <= figure.get_size_inches()[0], "nothing is cut off"
 
 
 def test_chosen_variants_in_the_order_given_and_one_seed_without_a_spread():
     figure = accuracy_by_epoch(table(a=[0.1], b=[0.2], c=[0.3]), ["c", "a"])
-    assert [line.get_label() for line in figure.axes[0].lines] == ["c: 30.0 %", "a: 10.0 %"]
+    assert [line.get_label() for line in figure.axes[0].lines] == ["c: 30.00 %", "a: 10.00 %"]
     assert "1 seed" in texts(figure) and "seeds" not in texts(figure)
 
 
@@ -41,7 +41,7 @@ def test_variants_look_different_and_are_called_what_the_text_calls_them():
     many = {f"karat rank {i}": [0.1] for i in range(8)}
     lines = accuracy_by_epoch(table(**many)).axes[0].lines
     assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines}) == 8
-    assert lines[3].get_label() == "KArAt rank 3: 10.0 %"
+    assert lines[3].get_label() == "KArAt rank 3: 10.00 %"
     assert signals_by_step(table(karat=[0.1]), ["karat"]).axes[0].get_title() == "KArAt"
     lines = accuracy_by_setting({f"model {i}": {1.0: [0.1], 2.0: [0.2]} for i in range(8)}, "rate").axes[0].lines
     lines = [line for line in lines if line.get_label().startswith("model")]
@@ -79,7 +79,7 @@ def test_signals_are_geometric_means_of_the_seeds_a_line_for_each_block():
 def test_variants_can_be_called_something_else_and_long_names_keep_to_their_column():
     accuracies = {"karat rank 12 paper depth 6": [0.1], "softmax depth 6": [0.2]}
     figure = accuracy_by_epoch(table(**accuracies), {"karat rank 12 paper depth 6": "the paper's start"})
-    assert [line.get_label() for line in figure.axes[0].lines] == ["the paper's start: 10.0 %"]
+    assert [line.get_label() for line in figure.axes[0].lines] == ["the paper's start: 10.00 %"]
     many = {f"karat rank 12 paper depth {depth}": [0.1] for depth in range(7)}
     figure = signals_by_step(table(**many), list(many), ("attention",))
     figure.draw_without_rendering()
@@ -91,7 +91,7 @@ def test_variants_can_be_called_something_else_and_long_names_keep_to_their_colu
 def test_accuracy_over_a_setting_has_every_seed_and_the_best_mean():
     rates = {"softmax": {0.002: [0.5, 0.6], 0.001: [0.6, 0.7]}, "karat": {0.001: [0.4], 0.002: [0.2]}}
     axes = accuracy_by_setting(rates, "learning rate").axes[0]
-    line, *seeds = axes.lines[0], *axes.lines[2:4]
+    line, *seeds = axes.lines[:3]
     assert line.get_xdata().tolist() == [0.001, 0.002] and np.allclose(line.get_ydata(), [65, 55])
     assert [sorted(mark.get_ydata().tolist()) for mark in seeds] == [[60, 70], [50, 60]]
     assert [line.get_label() for line in axes.lines if "best" in line.get_label()] == [
@@ -100,6 +100,9 @@ def test_accuracy_over_a_setting_has_every_seed_and_the_best_mean():
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.001", "0.002"]
     twins = [min(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "None"]
     assert len(set(twins)) == len(twins) and max(abs(np.log(np.array(twins) / 0.001))) < 1, "side by side, all near"
+    rates["paper's start"] = {0.002: [0.3], 0.0005: [0.5]}
+    last = [line for line in accuracy_by_setting(rates, "learning rate").axes[0].lines if "start" in line.get_label()]
+    assert np.isnan(last[0].get_ydata()[1]), "no line over a rate that it was not trained with"
     with pytest.raises(ValueError, match="no place for rate = 0: values must be positive"):
         accuracy_by_setting({"a": {0.0: [0.1]}}, "rate")
 

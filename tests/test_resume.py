@@ -179,7 +179,7 @@ def test_within_an_epoch_the_files_stay_those_of_the_last_whole_one(whole, tmp_p
 
 
 def test_what_json_cannot_say_is_told_at_the_first_step(tmp_path):
-    with pytest.raises(TypeError, match="measure must return what JSON can say, got {'x': tensor"):
+    with pytest.raises(TypeError, match="measure must return a dict that JSON can say, got {'x': tensor"):
         training(tmp_path, snapshots=0, log_every=1, measure=lambda model: {"x": torch.tensor(1.0)})
 
 

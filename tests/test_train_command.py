@@ -217,6 +217,22 @@ def test_mistakes_are_told_before_a_folder_is_made(options, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_two_calls_on_one_table_keep_each_others_runs(tmp_path, monkeypatch):
+    table, other = tmp_path / "table.json", tmp_path / "other.json"
+    options = "--data digits --attention softmax --limit 64 --epochs 1 --resume".split()
+    command_line(*options, "--seeds", 5, "--results", other)
+    trained = train_module.train
+
+    def beside(*args, **kwargs):  # meanwhile another call writes its run
+        table.write_text(other.read_text())
+        return trained(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "train", beside)
+    command_line(*options, "--seeds", 0, "--results", table)
+    written = json.loads(table.read_text())
+    assert sorted(run["seed"] for run in written["runs"]) == [0, 5] and written["summary"]["softmax"]["seeds"] == 2
+
+
 def test_a_table_that_cannot_be_written_is_told_before_training(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("")

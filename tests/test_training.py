@@ -312,3 +312,35 @@ def test_a_card_that_json_cannot_hold_is_told_before_the_first_step(digits, tmp_
     with pytest.raises(TypeError, match="the card must hold what JSON can say, got .*PosixPath"):
         train(pico(), digits, out=tmp_path, card={"where": tmp_path})
     assert not list(tmp_path.iterdir())
+
+
+def test_names_of_the_historys_own_are_not_measured_again(digits, tmp_path):
+    options = dict(log_every=1, device="cpu", progress=False)
+    with pytest.raises(ValueError, match="measure returns epoch, loss, names of the history's own: take others"):
+        train(pico(), digits, QUICK, measure=lambda model: {"epoch": 1, "loss": -5.0, "mine": 2}, **options)
+    with pytest.raises(TypeError, match="measure must return a dict that JSON can say, got 5"):
+        train(pico(), digits, QUICK, measure=lambda model: 5, **options)
+    (tmp_path / "history.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 2.0}\n{"epoch": 1, "test_loss": 1.0}\n')
+    history = kl.History.load(tmp_path / "history.jsonl")  # an older file
+    assert len(history.records) == len(history.steps) == 1
+    (tmp_path / "history.jsonl").write_text("5\n")
+    with pytest.raises(ValueError, match="is no history of a training, or damaged .a line holds 5"):
+        kl.History.load(tmp_path / "history.jsonl")
+
+
+def test_a_trajectory_that_lacks_a_snapshot_is_told(digits, tmp_path):
+    stop = RuntimeError("stop")
+
+    def interrupt(history):
+        raise stop
+
+    options = dict(device="cpu", progress=False, out=tmp_path, snapshots=3)
+    with pytest.raises(RuntimeError, match="stop"):
+        train(pico(), digits, QUICK, on_epoch=interrupt, **options)
+    first, *_ = sorted((tmp_path / "snapshots").iterdir())
+    first.unlink()
+    (tmp_path / "snapshots" / "._00000000.safetensors").touch()  # another program's note
+    with pytest.warns(UserWarning, match="has no trajectory: its snapshots lack step 0. What is there stays"):
+        train(pico(), digits, QUICK, resume=True, **options)
+    assert len(list((tmp_path / "snapshots").glob("0*.safetensors"))) == 2
+    assert not (tmp_path / "trajectory.safetensors").exists()

@@ -220,3 +220,30 @@ def test_timm_models_of_another_function_are_refused(part, said):
     model = kl.create_model("vit_tiny", "softmax", img_size=32, depth=1)
     with pytest.raises(ValueError, match=said + ".*its outputs would differ"):
         kl.load_timm_weights(model, source)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "karat"])
+def test_gradients_of_single_images_by_vmap(attention):
+    """torch.func looks at no numbers: the check for finite images stands aside."""
+    torch.manual_seed(0)
+    size = dict(img_size=8, patch_size=4, dim=16, depth=1, num_heads=2)
+    model = kl.create_model("vit_pico", attention, **size, rank=2).eval()
+    for operator in model.operators():
+        operator.backend = "contraction"
+    weights, images = dict(model.named_parameters()), torch.rand(3, 3, 8, 8)
+
+    def loss(weights, image):
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, images)
+    for i in range(3):
+        alone = torch.autograd.grad(loss(weights, images[i]), list(weights.values()))
+        for name, found in zip(weights, alone, strict=True):
+            torch.testing.assert_close(each[name][i], found, rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_model_takes_any_batch():
+    model = kl.create_model("vit_pico", "karat", img_size=8, patch_size=4, dim=16, depth=1, num_heads=2, rank=2).eval()
+    program = torch.export.export(model, (torch.rand(2, 3, 8, 8),), dynamic_shapes=({0: torch.export.Dim("B")},))
+    images = torch.rand(5, 3, 8, 8)
+    torch.testing.assert_close(program.module()(images), model(images))

@@ -30,7 +30,7 @@ from ..checks import at_least, one_of
 from ..functional import attention_scores
 from ..trajectory import Trajectory
 from ..vit import VisionTransformer
-from .inputs import checked, device_of, must_be_finite, parts
+from .inputs import checked, device_of, must_be_finite, parts, steady
 
 BATCH = 50  # images at a time: on a CPU maps of more leave the cache, and take up to three times as long
 PLACES = ("all", "layers", "heads")
@@ -123,6 +123,7 @@ def changed(
 def mean_scores(model: VisionTransformer, images: Tensor, batch_size: int = BATCH) -> list[Tensor]:
     """The mean of the scores over images, layer by layer: L tensors (h, N, N), on the model's device."""
     checked(model, images)
+    steady(model)
     sums: list = [0.0] * len(model.blocks)
     for batch in parts(images, batch_size):
         batch = batch.to(device_of(model))
@@ -255,6 +256,7 @@ def map_shares(model: VisionTransformer, images: Tensor, batch_size: int = BATCH
     Of a head whose maps are all 0 there is nothing to share out: 0, 0, 0.
     """
     checked(model, images, least=2)
+    steady(model)
     total, squares = [0.0] * len(model.blocks), [0.0] * len(model.blocks)
     for batch in parts(images, batch_size):
         batch = batch.to(device_of(model))

@@ -17,7 +17,7 @@ from ..checks import at_least
 from ..operators import KArAtOperator
 from ..trajectory import Trajectory
 from ..vit import VisionTransformer
-from .inputs import checked, device_of, must_be_finite, parts
+from .inputs import checked, device_of, must_be_finite, parts, steady
 
 BINS = 4096  # of the histograms from which quantiles of scores are read
 POWERS = ("all alike", "layers", "heads", "units", "keys")
@@ -118,6 +118,7 @@ def scores_seen(model: VisionTransformer, images: Tensor, bins: int = 120, batch
     if at_least("bins", bins, 1) > BINS:
         raise ValueError(f"bins must be at most {BINS}, got {bins}.")
     checked(model, images)
+    steady(model)
     shape = len(model.blocks), model.blocks[0].attn.num_heads
 
     def each():

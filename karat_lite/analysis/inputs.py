@@ -33,6 +33,13 @@ def checked(model: VisionTransformer, images: Tensor, labels: Tensor | None = No
             raise ValueError(f"labels lie in 0 .. {classes - 1}, got {labels.min()} .. {labels.max()}.")
 
 
+def steady(model: torch.nn.Module) -> None:
+    """Raise `ValueError` for a model that drops numbers at random just now: every look would find another one."""
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.training and part.p > 0:
+            raise ValueError(f"{name} drops numbers at random while the model trains: call model.eval() before.")
+
+
 def whole_numbers(values: Tensor) -> bool:
     """Whether a tensor's type is one of whole numbers; True and False are none."""
     return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from ..checkpoints import first_line, write_whole
 from ..trajectory import Trajectory
 from .directions import Directions, check_finite, check_fits, random_directions
-from .inputs import whole_numbers
+from .inputs import steady, whole_numbers
 
 SAVE_EVERY = 2.0  # seconds between writes of an unfinished grid
 LARGEST = 10.0  # no normalised image holds a larger number
@@ -213,6 +213,7 @@ def check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tenso
 
     Raises `ValueError` for those that the model was not made for, or that are not brought into its range.
     """
+    steady(model)
     if len(images) == 0 or labels.shape != images.shape[:1]:
         raise ValueError(
             f"expected at least one image and a label for each, got images {tuple(images.shape)} and labels "

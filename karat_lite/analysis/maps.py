@@ -29,7 +29,7 @@ from ..data import normalise, read_image, to_square
 from ..functional import attention_scores
 from ..not_finite import first_not_finite
 from ..vit import VisionTransformer
-from .inputs import checked, whole_numbers
+from .inputs import checked, steady, whole_numbers
 
 KINDS = ("scores", "attention", "dominant", "added", "rollout", "direct", "regions")
 SIGNS = ("signed", "absolute")
@@ -131,6 +131,7 @@ def class_token_maps(
     one = tokens * max(dim * len(model.blocks), tokens * model.blocks[0].attn.num_heads)  # numbers of one image
     at_once = max(1, min(at_least("batch_size", batch_size, 1), AT_ONCE // one))
     checked(model, images)
+    steady(model)
     if target is not None:
         given, target = target, target.long()
         fits = target.shape == images.shape[:1] and whole_numbers(given)

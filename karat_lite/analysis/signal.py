@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..functional import attention_scores
 from ..vit import VisionTransformer
-from .inputs import checked, must_be_finite
+from .inputs import checked, must_be_finite, steady
 
 
 @torch.no_grad()
@@ -23,6 +23,7 @@ def signal_sizes(model: VisionTransformer, images: Tensor) -> dict[str, list[flo
     and for a model whose numbers are not finite.
     """
     checked(model, images)
+    steady(model)
     must_be_finite(model, images, model(images))
     tokens = model.embed(images)
     found: dict[str, list[float]] = {"scores": [], "attention": [], "stream": [], "apart": []}
