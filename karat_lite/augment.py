@@ -29,7 +29,7 @@ def batches(
     Their order is a permutation drawn for the epoch; the last images that fill no batch are left out, so that every
     step sees as many. part = (i, of): the i-th of `of` equal slices of every batch, for `of` processes.
     """
-    order = torch.randperm(len(data), generator=_generator(ORDER, seed, epoch))
+    order = torch.randperm(len(data), generator=_generator(ORDER, seed, epoch), device="cpu")
     size, (i, of) = recipe.batch_size, part
     share = size // of
     steps = range(start, len(data) // size)
@@ -73,12 +73,12 @@ def mirror_and_shift(images: Tensor, flip: float, shift: int, generator: torch.G
     n, channels, side, _ = images.shape
     mine, device = slice(part[0] * n, (part[0] + 1) * n), images.device
     if flip:
-        mirrored = (torch.rand(n * part[1], generator=generator)[mine] < flip).to(device, non_blocking=True)
+        drawn = torch.rand(n * part[1], generator=generator, device="cpu")
+        mirrored = (drawn[mine] < flip).to(device, non_blocking=True)
         images = torch.where(mirrored.view(n, 1, 1, 1), images.flip(-1), images)
     if shift:
-        corner = torch.randint(2 * shift + 1, (2, n * part[1]), generator=generator)[:, mine].to(
-            device, non_blocking=True
-        )
+        drawn = torch.randint(2 * shift + 1, (2, n * part[1]), generator=generator, device="cpu")
+        corner = drawn[:, mine].to(device, non_blocking=True)
         row, column = corner.unsqueeze(-1) + torch.arange(side, device=device)  # (n, side) each
         index = [torch.arange(n, device=device).view(n, 1, 1, 1), torch.arange(channels, device=device).view(-1, 1, 1)]
         images = F.pad(images, [shift] * 4)[*index, row.view(n, 1, side, 1), column.view(n, 1, 1, side)]

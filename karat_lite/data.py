@@ -154,7 +154,8 @@ class Files(Dataset):
     ):
         self.name, self.split, self.classes, self.mirrors = name, split, tuple(classes), mirrors
         self.files, self.labels, self.img_size = files, labels, img_size
-        self.numbers = torch.arange(len(files))  # resolves indices, lists and slices as a tensor of images does
+        # Resolves indices, lists and slices as a tensor of images does.
+        self.numbers = torch.arange(len(files), device="cpu")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -224,7 +225,7 @@ def _from_files(
 
 def _mixed(n: int, limit: int | None) -> Tensor:
     """The same order of n images every time, classes mixed: its beginning is a fair sample of any size."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:limit]
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0), device="cpu")[:limit]
 
 
 def _folder(path: Path, split: str, part: Path, img_size: int | None, limit: int | None, in_memory: bool | None):

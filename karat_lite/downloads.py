@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import lzma
 import os
 import re
 import socket
@@ -111,7 +112,7 @@ def unpack(archive: str | Path, folder: str | Path) -> Path:
             with archive.open("rb") as file, tqdm.wrapattr(file, "read", **bar) as counted:
                 with tarfile.open(fileobj=counted) as opened:
                     opened.extractall(temporary, filter="data")  # refuses what would land outside
-        except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        except (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
             why = str(error).partition("\n")[0].rstrip(":")  # tarfile goes on with a line for every compression
             raise ValueError(f"cannot unpack {archive} ({why}): remove it and fetch it again.") from error
         unpacked = Path(temporary) / folder.name
@@ -218,6 +219,8 @@ def _receive(part: Path, url: str, md5: str, timeout: float, progress: bool) -> 
             return file
         kind = _Broken if error.code >= 500 or error.code in (408, 429) else _Useless
         raise kind(f"HTTP {error.code} {error.reason}") from error
+    except ValueError as error:  # it sends on to an address that is none
+        raise _Useless(f"{error}") from error
     with response:
         length, total = response.headers.get("Content-Length"), None
         span = re.match(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
@@ -230,7 +233,7 @@ def _receive(part: Path, url: str, md5: str, timeout: float, progress: bool) -> 
             file, start = anew, 0
         if response.status == 206 and span and span[2] != "*":
             total = int(span[2])  # of the whole file: an answer may bring less than was asked
-        elif length is not None:
+        elif length is not None and length.strip().isdecimal():
             total = start + int(length)
         bar = tqdm(
             total=total,

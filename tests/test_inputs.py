@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from small_models import batch, path, tiny
 
+import karat_lite as kl
 from karat_lite.analysis.content import ablate, mean_scores
 from karat_lite.analysis.directions import filter_norms, principal_directions
 from karat_lite.analysis.functions import scores_seen
@@ -16,6 +17,7 @@ from karat_lite.analysis.inputs import parts
 from karat_lite.analysis.landscape import batch_loss, grid_around, path_losses, rise
 from karat_lite.analysis.maps import class_token_maps
 from karat_lite.analysis.signal import signal_sizes
+from karat_lite.augment import mirror_and_shift
 
 IMAGES, LABELS = batch()
 
@@ -119,3 +121,21 @@ def test_a_model_that_drops_at_random_is_not_looked_at():
     model.eval()
     for look in looks.values():
         look()
+
+
+def test_another_default_device_changes_nothing_on_this_one():
+    """`torch.set_default_device("cuda")` is for a reader's own tensors; meta, which holds no number, stands for it."""
+    model, (images, labels) = tiny(), batch(4)
+    looks = {
+        "choice": lambda: kl.load_dataset("digits", "train", limit=8).images,
+        "augmented": lambda: mirror_and_shift(images, 0.5, 1, torch.Generator().manual_seed(0)),
+        "shuffled": lambda: ablate(model, images, labels, changes=["queries shuffled"])[0].accuracy,
+        "curvature": lambda: hessian_spectrum(model, images, labels, 1, iterations=4, progress=False).values,
+        "steps": lambda: rise(model, images, labels, count=2).mean,
+        "maps": lambda: class_token_maps(model, images).rollout,
+    }
+    before = {name: look() for name, look in looks.items()}
+    with torch.device("meta"):
+        after = {name: look() for name, look in looks.items()}
+    for name, value in before.items():
+        assert np.array_equal(np.asarray(value), np.asarray(after[name])), name

@@ -81,7 +81,7 @@ class ChangedScores(nn.Module):
         return scores.roll(-1, dims=0)
 
     def _shuffled(self, scores: Tensor, axis: int) -> Tensor:
-        draw = torch.rand(scores.shape[:3], generator=torch.Generator().manual_seed(self.seed))
+        draw = torch.rand(scores.shape[:3], generator=torch.Generator().manual_seed(self.seed), device="cpu")
         order = draw.argsort(dim=-1).to(scores.device).unsqueeze(2 if axis == 3 else 3)  # (B, h, 1, N) or (B, h, N, 1)
         return scores.gather(axis, order.expand_as(scores))
 

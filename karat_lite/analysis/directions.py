@@ -99,7 +99,7 @@ def random_directions(model: nn.Module | Mapping[str, Tensor], count: int = 2, s
     norms, along = filter_norms(origin), {}
     for name, at in origin.items():
         own = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # of a seed 32 bits count
-        d = torch.randn(at_least("count", count, 1), *at.shape, generator=own).to(at)
+        d = torch.randn(at_least("count", count, 1), *at.shape, generator=own, device="cpu").to(at)
         along[name] = d * norms[name] / torch.stack([_norms(name, each) for each in d]).clamp(min=1e-12)
     return Directions("random", origin, along)
 

@@ -117,7 +117,7 @@ def top_eigenvalues(
         raise ValueError(f"asked for {count} eigenvalues of {size}, to a tolerance of {tolerance}: expected at most "
                          f"{size}, and a tolerance between 0 and 1.")  # fmt: skip
     like = torch.empty(0) if like is None else like
-    q = torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(like)
+    q = torch.randn(size, generator=torch.Generator().manual_seed(seed), device="cpu").to(like)
     found, alphas, betas, values = [q / q.norm()], [], [], np.empty(0)
     from tqdm.auto import tqdm
 

@@ -243,7 +243,7 @@ class _Rollout:
         if not self.signed:
             maps = maps.abs()
             maps = maps / maps.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
-        step = (maps.mean(dim=1) + torch.eye(maps.shape[-1]).to(maps)) / 2
+        step = (maps.mean(dim=1) + torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device)) / 2
         self.through = step if self.through is None else step @ self.through
         if self.signed:
             self.through = self.through / self.through.abs().amax(dim=(1, 2), keepdim=True).clamp_min(1)
