@@ -87,6 +87,10 @@ def accuracy_by_setting(accuracies: Mapping[str, Mapping[float, Sequence[float]]
     for i, (values, seeds, means, said, look) in enumerate(aside):
         mean_at = dict(zip(values, means, strict=True))  # a line stops where others were trained and this one was not
         axes.plot(marks, [mean_at.get(mark, np.nan) for mark in marks], linewidth=2, label=said, **look)
+        for place, value in enumerate(marks):  # a mean without a neighbour lies on no line
+            beside = {*marks[max(0, place - 1) : place], *marks[place + 1 : place + 2]}
+            if value in mean_at and not beside & set(values):
+                axes.plot(value, mean_at[value], "_", color=look["color"], markersize=16, markeredgewidth=2)
         colour = look["color"]
         for value, each in zip(values, seeds, strict=True):
             at = value * step ** (i - (len(aside) - 1) / 2)

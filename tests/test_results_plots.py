@@ -101,8 +101,10 @@ def test_accuracy_over_a_setting_has_every_seed_and_the_best_mean():
     twins = [min(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "None"]
     assert len(set(twins)) == len(twins) and max(abs(np.log(np.array(twins) / 0.001))) < 1, "side by side, all near"
     rates["paper's start"] = {0.002: [0.3], 0.0005: [0.5]}
-    last = [line for line in accuracy_by_setting(rates, "learning rate").axes[0].lines if "start" in line.get_label()]
-    assert np.isnan(last[0].get_ydata()[1]), "no line over a rate that it was not trained with"
+    lines = accuracy_by_setting(rates, "learning rate").axes[0].lines
+    (line,) = (line for line in lines if "start" in line.get_label())
+    assert np.isnan(line.get_ydata()[1]), "no line over a rate that it was not trained with"
+    assert [line.get_ydata()[0] for line in lines if line.get_marker() == "_"] == [50, 30], "so its means are marked"
     with pytest.raises(ValueError, match="no place for rate = 0: values must be positive"):
         accuracy_by_setting({"a": {0.0: [0.1]}}, "rate")
 
