@@ -171,7 +171,10 @@ class Basis:
             return
         alike = type(self)._good
         if not (self.name and self.key in alike):
-            self._check()
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: x, lambda x: x
+            ):  # who counts what is kept counts on
+                self._check()
             alike.add(self.key)
         self._checked = True
 

@@ -164,7 +164,7 @@ def test_variance_start_gives_a_sum_of_edges_variance_one(name, options):
     coef = torch.empty(40_000, basis.num_parameters, dtype=torch.float64)
     torch.manual_seed(0)
     basis.draw(coef, "variance", edges)
-    x, weight = typical_scores()
+    x, weight = typical_scores(201)
     second_moment = (weight * basis.evaluate(x[:, None], coef).square().mean(dim=1)).sum().item()
     assert edges * second_moment == pytest.approx(1, rel=0.1)  # rational functions have long tails
 

@@ -239,7 +239,7 @@ def test_a_reader_chooses_what_page_05_trains_at_length(given, tmp_path):
     run = build.execute(tmp_path / "05_training.ipynb", tmp_path / "out.ipynb", parameters=parameters)
     assert run.problems == []
     cells = nbformat.read(run.out, as_version=4).cells
-    said = "reader shapes Images 2 512" if given == "out of reach" else "smoke pics Files 2 40"
+    said = "smoke shapes Images 2 64" if given == "out of reach" else "smoke pics Files 2 40"
     assert text(cells[-1]).strip() == said
     assert ("cannot download" in "".join(map(text, cells))) == (given == "out of reach")
     assert text(cells[-2]).count("test_accuracy") == 2
