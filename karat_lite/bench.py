@@ -6,7 +6,7 @@ python -m karat_lite.bench --results FILE.json --draw        # no measurement, o
 
 All that is compared runs in turns (`analysis.cost.compare`): a row holds the median and quartiles of its seconds, and
 of its ratio to eager softmax attention pair by pair (of part "growth": to the same competitor with fewest tokens). On
-a CPU every timed run of a layer follows an untimed one of the same layer.
+a CPU every timed run of a layer of up to 2,000 tokens follows an untimed one of the same layer.
 See `analysis.rivals` for who is compared.
 """
 
@@ -34,8 +34,12 @@ from .vit import SIZES
 __all__ = ["CPU", "GPU", "Sizes", "feature_form", "main", "run"]
 QUIET = 0.05  # part of the machine that others may take before a run is doubted aloud
 LAYER = {"infer": "layer forward", "learn": "layer forward and backward"}
-MODEL = {"infer": "model inference", "learn": "model training step"}
-ROUNDS = {"infer": 3, "learn": 5}  # runs that a comparison takes at least: three, and two to see the memory
+MODEL = {"infer": "model inference", "gradients": "model forward and backward", "learn": "model training step"}
+ROUNDS = {
+    "infer": 3,
+    "gradients": 5,
+    "learn": 5,
+}  # runs that a comparison takes at least: three, and two to see the memory
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,12 @@ VITS = ("vit_tiny", "vit_small", "vit_base")
 TOKENS = (65, 197, 401, 785, 1025, 1601, 2305, 4097)
 AXES = dict(tokens=TOKENS, grids=(1, 2, 3, 5, 7, 9, 11), ranks=(2, 4, 12, 24, 48, 96, None))
 CPU = Sizes(
-    seconds=240,
+    seconds=280,
     repeats=20,
     shapes=tuple(model_case(name, 8)._replace(model=None) for name in VITS),
     tokens_of=Case(1, 3, 197, 64),
     grids_of=Case(2, 3, 197, 64),
-    models=(model_case("vit_tiny", 8),),
+    models=(model_case("vit_tiny", 8), model_case("vit_small", 1), model_case("vit_base", 1)),
     **AXES,
 )
 GPU = Sizes(
@@ -139,8 +143,8 @@ def run(sizes: Sizes, device: torch.device) -> dict:
         dtype: cost.machine_limits(device, size=sizes.limits, dtype=getattr(torch, dtype)) for dtype in sizes.dtypes
     }
     bench = Bench(sizes, device, karat)
-    shares = {bench.models: 0.28, bench.shapes: 0.2, bench.along_n: 0.25}
-    shares |= {bench.growth_in_n: 0.13, bench.along_g: 0.07, bench.along_r: 0.07}
+    shares = {bench.models: 0.4, bench.shapes: 0.14, bench.along_n: 0.22}
+    shares |= {bench.growth_in_n: 0.13, bench.along_g: 0.06, bench.along_r: 0.05}
     if device.type == "cuda":  # there models are compiled, and what that overruns is taken from the parts behind
         shares[bench.models] = shares.pop(bench.models)
     left = started + sizes.seconds
@@ -223,25 +227,39 @@ class Bench:
 
     def _axis(self, part: str, cases: list[Case], seconds: float) -> None:
         line_up = [("softmax", cases[0]), ("sdpa", cases[0]), *itertools.product(self.karat, cases)]
-        for mode, some in _divide(seconds, list(LAYER), list(ROUNDS.values())):
+        for mode, some in _divide(seconds, list(LAYER), [ROUNDS[mode] for mode in LAYER]):
             self._measure(part, mode, line_up, some)
 
     def models(self, seconds: float) -> None:
-        """Whole models: inference and training steps."""
-        steps = list(itertools.product(self.sizes.models, MODEL))
-        weights = [case.h * ROUNDS[mode] * (3 if case.compiled else 1) for case, mode in steps]
-        for (case, mode), some in _divide(seconds, steps, weights):
+        """Whole models: inference, forward and backward pass, training steps.
+
+        Of the first model bounds are judged, so its three are compared often, and the slower ways by themselves after.
+        """
+        first, line_ups = self.sizes.models[0].model, {}
+        for case, mode in itertools.product(self.sizes.models, MODEL):
+            if mode == "gradients" and (case.compiled or (self.device.type == "cpu" and case.model != first)):
+                continue  # a step is hardly more
+            line_ups[case, mode, False] = [(name, case) for name in self.everybody[:3]]
+            if mode != "gradients" and case.model == first:
+                slower = [(name, case) for name in self.karat[1:] if not case.compiled]
+                line_ups[case, mode, True] = [("softmax", case), *slower, (self.karat[0], case._replace(r=case.N))]
+        long = [1 if mode == "gradients" or case.model != first else 3 - again for case, mode, again in line_ups]
+        weights = [
+            n * case.B * case.h**2 * ROUNDS[mode] * (3 if case.compiled else 1)
+            for n, (case, mode, _) in zip(long, line_ups, strict=True)
+        ]
+        for (case, mode, again), some in _divide(seconds, list(line_ups), weights):
             if case.compiled:  # all blocks share one code, of which torch.compile keeps 8 versions, then gives up
                 torch._dynamo.reset()
-            first = self.karat[:1] if case.compiled else self.karat
-            line_up = [(name, case) for name in ("softmax", "sdpa", *first)]
-            line_up.append((self.karat[0], case._replace(r=case.N)))
-            self._measure("models", mode, line_up, some)
+            self._measure("models", mode, line_ups[case, mode, again], some, again)
 
-    def _measure(self, part: str, mode: str, line_up: list[tuple[str, Case]], seconds: float) -> list[str]:
+    def _measure(
+        self, part: str, mode: str, line_up: list[tuple[str, Case]], seconds: float, again: bool = False
+    ) -> list[str]:
         """Compare those of `line_up` that fit into memory and seconds, the first being the baseline. Returns the names.
 
-        Each runs once or twice before it is let in: that warms it up and says what its rounds will take.
+        Each runs once or twice before it is let in: that warms it up and says what its rounds will take. again: the
+        baseline has its row already.
         """
         deadline, reserved = time.perf_counter() + seconds, 0.0
         runs: dict[tuple[str, Case], Rival] = {}
@@ -263,10 +281,10 @@ class Bench:
                 repeats=self.sizes.repeats,
                 seconds=some,
                 warm_up=False,
-                settle=self._settles(line_up),
+                settle=[key for key in timed if self._settles(*key)],
             )
         said = []
-        for (name, case), rival in runs.items():
+        for (name, case), rival in list(runs.items())[again:]:
             timing = times[name, case]
             seconds_each = {key: value / self.sizes.at_once for key, value in timing._asdict().items()}
             row = {"part": part, "what": _what(case, mode), "competitor": name, **rival.case._asdict(), **seconds_each}
@@ -305,16 +323,19 @@ class Bench:
                 started = time.perf_counter()
                 run()
                 cost.finish()
-                needs = ROUNDS[mode] * (1 + self._settles([(name, case)])) * (time.perf_counter() - started)
+                needs = ROUNDS[mode] * (1 + self._settles(name, case)) * (time.perf_counter() - started)
                 if needs <= patience:
                     return rival, needs, ""
         except torch.OutOfMemoryError:
             return None, 0.0, "memory"
         return None, 0.0, "time"
 
-    def _settles(self, line_up: list[tuple[str, Case]]) -> bool:
-        """Layers on a CPU: a few milliseconds in which pages that another layer gave back cost as much as the work."""
-        return self.device.type == "cpu" and not any(case.model for _, case in line_up)
+    def _settles(self, name: str, case: Case) -> bool:
+        """Layers on a CPU: a few milliseconds in which pages that another layer gave back cost as much as the work.
+
+        Not beyond 2,000 tokens: a run takes long enough, and arrays so large never come from pages given back.
+        """
+        return self.device.type == "cpu" and not case.model and case.N <= 2000
 
     def _runner(self, rival: Rival, mode: str) -> Callable[[], object]:
         method = getattr(rival, mode)
@@ -325,7 +346,7 @@ class Bench:
         if mode == "infer":
             return {"kept_bytes": None, "peak_bytes": cost.peak_memory(rival.infer, self.device, warm_up=False)}
         kept = None if rival.case.compiled else cost.kept_bytes(rival.forward, rival.given)
-        return {"kept_bytes": kept, "peak_bytes": cost.peak_memory(rival.learn, self.device, warm_up=False)}
+        return {"kept_bytes": kept, "peak_bytes": cost.peak_memory(getattr(rival, mode), self.device, warm_up=False)}
 
 
 def _percent(others: cost.Others) -> float | None:

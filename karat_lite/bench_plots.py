@@ -1,4 +1,4 @@
-"""The figure of a benchmark: time against N and G, ratios and memory of a whole model, from `bench`'s JSON."""
+"""Figures of benchmarks: time against N and G, ratios and memory of whole models, what limits a kernel."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from PIL import Image
 
-from .canvas import COLOURS, INK, LINES, label_axes, need_mapping, sheet
+from .canvas import COLOURS, INK, LINES, as_array, label_axes, legend, need_mapping, sheet
 
 # Softmax in greys, KArAt in colours: the eye sorts them before it reads.
 LOOKS = {
@@ -27,7 +27,7 @@ MODELS = {"vit_pico": "ViT-Pico", "vit_tiny": "ViT-Tiny", "vit_small": "ViT-Smal
 
 
 def bench_figure(results: Mapping) -> Figure:
-    """Four panels: time against N and against G (one layer), time and memory of a training step (a whole model).
+    """Four panels: time against N and against G (one layer), time and memory of training steps (whole models).
 
     results: what `python -m karat_lite.bench --results` wrote. Where bfloat16 and compiled models were measured, those
     are shown. Raises `ValueError` for results without rows; a panel whose part was left out says so.
@@ -133,23 +133,20 @@ def _names_at_ends(axes, ends) -> None:
 def _groups(rows: Sequence[Mapping], quantities: Mapping[str, tuple[str, str]]) -> tuple[str, list]:
     """(whose, [(heading, quantity, rows), ...]) for a panel of bars; compiled models where there are such.
 
-    quantities: heading -> (what of a row, its quantity). One model has a group for each of them; several have one each,
-    of the first quantity.
+    quantities: heading -> (what of a row, its quantity). The first model has a group for each, the others for the first
+    one: more bars than that are not read.
     """
     compiled = any(row["compiled"] for row in rows)
     rows = [row for row in rows if row["model"] and row["compiled"] == compiled]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    if not models:
-        return "whole model", []
     groups = []
-    for heading, (what, quantity) in list(quantities.items())[: 1 if len(models) > 1 else None]:
-        for model in models:
+    for heading, (what, quantity) in quantities.items():
+        for model in models[: 1 if groups else None]:
             mine = [row for row in rows if row["what"] == what and row["model"] == model and row[quantity] is not None]
             if mine:
-                groups.append((heading if len(models) == 1 else MODELS.get(model, model), quantity, mine))
-    whose = MODELS.get(models[0], models[0]) if len(models) == 1 else f"{next(iter(quantities))} of whole models"
-    whose += f"{', compiled' if compiled else ''}, {rows[0]['B']} images"
-    return whose, groups
+                whose = f"{MODELS.get(model, model)}, {mine[0]['B']} image{'s' * (mine[0]['B'] > 1)}"
+                groups.append((f"{heading}, {whose}", quantity, mine))
+    return f"whole models{', compiled' if compiled else ''}", groups
 
 
 def _bars(axes, title: str, groups: Sequence[tuple[str, str, list]], unit: float, label: str, mark: str) -> None:
@@ -179,6 +176,39 @@ def _bars(axes, title: str, groups: Sequence[tuple[str, str, list]], unit: float
     axes.set_yticks([])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     axes.grid(visible=False, axis="y")
+
+
+def limit_bars(least: Mapping[str, Mapping[str, float]], measured: Mapping[str, float]) -> Figure:
+    """What each limit of a machine takes of a kernel at least, one after the other, and what the kernel took: a mark.
+
+    least: kernel -> limit -> microseconds; all kernels have the same limits. measured: kernel -> microseconds. Where
+    bars end at their marks, the limits take turns; a kernel that hides one behind the other is faster than its bar.
+    """
+    need_mapping("least", least)
+    limits = list(next(iter(least.values())))
+    values = as_array("least", [[its.get(limit, np.nan) for limit in limits] for its in least.values()], 2)
+    took = as_array("measured", [measured.get(name, np.nan) for name in least], 1)
+    if values.min() < 0 or took.min() <= 0:
+        raise ValueError("times are positive: look at `least` and `measured`.")
+    left = 0.2 + 0.075 * max(map(len, least))
+    figure, (axes,) = sheet(1, 1, (6.6 - left / 2, 0.3 * len(least)), margins=(left, 0.6, 0.5, 0.6))
+    ends = np.cumsum(values, axis=1)
+    for i, limit in enumerate(limits):
+        colour = COLOURS[i % len(COLOURS)]
+        axes.barh(range(len(values)), values[:, i], 0.72, left=ends[:, i] - values[:, i], color=colour, label=limit,
+                  edgecolor="white")  # fmt: skip
+    for j, time in enumerate(took):
+        axes.plot([time, time], [j - 0.43, j + 0.43], color=INK, linewidth=2.5, label=None if j else "measured")
+        axes.annotate(f"{time:.3g}", (max(time, ends[j, -1]), j), (6, 0), textcoords="offset points", fontsize=9,
+                      color=INK, va="center", annotation_clip=False)  # fmt: skip
+    axes.set_yticks(range(len(least)), list(least))
+    axes.set(xlim=(0, 1.02 * max(took.max(), ends.max())), ylim=(len(least) - 0.4, -0.6))
+    label_axes(axes, "microseconds", "")
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    legend(axes, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2, columnspacing=1.2,
+           handletextpad=0.5)  # fmt: skip
+    return figure
 
 
 def as_png(figure: Figure) -> bytes:

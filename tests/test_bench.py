@@ -19,7 +19,7 @@ from karat_lite import bench, make_basis
 from karat_lite.analysis import rivals
 from karat_lite.analysis.rivals import Case
 from karat_lite.analysis.verdict import growth, r_squared, slope, targets
-from karat_lite.bench_plots import as_png, bench_figure
+from karat_lite.bench_plots import as_png, bench_figure, limit_bars
 from karat_lite.functional import karat_attention
 
 SMALL = Case(2, 2, 17, 16, 2, 3)
@@ -32,7 +32,7 @@ TINY = bench.Sizes(
     grids=(1, 2, 3),
     ranks=(2, None),
     grids_of=SMALL,
-    models=(Case(2, 4, 5, 16, 2, 3, model="vit_pico"),),
+    models=(Case(2, 4, 5, 16, 2, 3, model="vit_pico"), Case(1, 3, 5, 64, 2, 3, model="vit_tiny")),
     img_size=32,
     limits=64,
 )
@@ -78,7 +78,7 @@ def test_every_row_is_complete(measured):
         first = row["competitor"] == "softmax" or row["part"] == "growth" and row["N"] == 785
         assert not first or row["ratio"] == row["ratio_low"] == row["ratio_high"] == 1
         assert (row["G"] is None) == (row["r"] is None) == (row["competitor"] in ("softmax", "sdpa"))
-        trained = row["what"] in ("layer forward and backward", "model training step")
+        trained = row["what"] in ("layer forward and backward", "model forward and backward", "model training step")
         assert row["peak_bytes"] is None or row["peak_bytes"] >= 0  # None: a system that hides it
         assert (row["kept_bytes"] is not None) == trained and not row["compiled"]
 
@@ -99,9 +99,15 @@ def test_every_part_has_everybody(measured):
             assert [row["G"] for row in along_g] == [1, 2, 3] and {row["r"] for row in along_g} == {3}
             assert [row["r"] for row in rows_of(measured[1], part="ranks", what=what, competitor=name)] == [2, 17]
     for what in ("model inference", "model training step"):
-        line = rows_of(measured[1], what=what)
+        line = rows_of(measured[1], what=what, model="vit_pico")
         assert [row["competitor"] for row in line] == ["softmax", "sdpa", *karat, karat[0]]
-        assert line[-1]["r"] == 5 and line[-2]["r"] == 3 and {row["model"] for row in line} == {"vit_pico"}
+        assert line[-1]["r"] == 5 and line[-2]["r"] == 3
+        line = rows_of(measured[1], what=what, model="vit_tiny")
+        assert [row["competitor"] for row in line] == ["softmax", "sdpa", karat[0]] and line[-1]["r"] == 3
+    both = rows_of(measured[1], what="model forward and backward")
+    assert [(row["model"], row["competitor"]) for row in both] == [
+        ("vit_pico", name) for name in ("softmax", "sdpa", karat[0])
+    ]
 
 
 def test_kept_bytes_are_those_of_the_arrays(measured):
@@ -157,7 +163,8 @@ def test_every_compiled_model_is_compiled(monkeypatch):
     sizes = dataclasses.replace(TINY, models=models, compiler=compiler)
     one = bench.Bench(sizes, torch.device("cpu"), ["recompute"])
     one.models(600)
-    assert len(one.rows) == 16 and one.left_out == [] and compiler.frame_count == 16
+    assert len(one.rows) == 16 and one.left_out == []
+    assert compiler.frame_count == 20  # softmax once more in each line-up, beside full rank
     assert {row["kept_bytes"] for row in one.rows} == {None}
 
 
@@ -273,6 +280,7 @@ def test_growth_and_targets_on_known_rows():
         synthetic("models", step, "recompute", tiny._replace(r=197), 2.2, 2.2, kept_bytes=90, peak_bytes=1),
         synthetic("models", "model inference", "softmax", tiny._replace(**none), 1.0),
         synthetic("models", "model inference", "recompute", tiny, 1.2, 1.21),
+        synthetic("models", "model inference", "recompute", tiny._replace(B=1), 1.5, 1.5),  # no bound was set for it
         synthetic("shapes", both, "recompute", Case(8, 3, 197, 64), 1.0),
         synthetic("shapes", both, "features", Case(8, 3, 197, 64), 4.0),
     ]
@@ -331,6 +339,8 @@ def test_the_figure(kind, measured):
     assert all(words in said for words in ("tokens $N$", "harmonics $G$", "(ms)", "(MB)", "eager softmax = 1"))
     assert "KArAt, recompute" in said and "softmax, fused" in said and results["machine"] in said
     if kind == "cpu":
+        assert "training step, ViT-Pico, 2 images" in said and "training step, ViT-Tiny, 1 image" in said
+        assert "inference, ViT-Pico, 2 images" in said and "inference, ViT-Tiny" not in said
         lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == len(TINY.tokens)]
         wanted = rows_of(results, part="tokens", what="layer forward and backward", competitor="softmax")
         assert np.allclose(lines[0].get_ydata(), [1e3 * row["median"] for row in wanted])
@@ -359,6 +369,19 @@ def test_labels_of_lines_do_not_overlap(measured):
                     across = min(one.x1, other.x1) - max(one.x0, other.x0)
                     down = min(one.y1, other.y1) - max(one.y0, other.y0)
                     assert across <= 1 or down <= 2
+
+
+def test_what_limits_a_kernel():
+    least = {"one": {"slots": 3.0, "memory": 1.0}, "two": {"slots": 2.0, "memory": 6.0}}
+    figure = limit_bars(least, {"one": 4.5, "two": 9.0, "three": 1.0})
+    (axes,) = figure.axes
+    bars = [(bar.get_x(), bar.get_width()) for bar in axes.patches]
+    assert bars == [(0, 3), (0, 2), (3, 1), (2, 6)]  # limit by limit, each behind the one before
+    assert [list(line.get_xdata()) for line in axes.lines] == [[4.5, 4.5], [9.0, 9.0]]
+    assert all(words in texts(figure) for words in ("one", "two", "slots", "memory", "measured", "4.5", "microseconds"))
+    for bad in ({"one": 0.0, "two": 1.0}, {"one": 1.0}):
+        with pytest.raises(ValueError, match="positive|not finite"):
+            limit_bars(least, bad)
 
 
 def test_a_part_that_is_missing_is_said():

@@ -133,6 +133,9 @@ def test_compare_lets_every_run_settle():
     runs = {name: lambda name=name: done.append(name) for name in "ab"}
     cost.compare(runs, "a", repeats=3, warm_up=False, settle=True)
     assert "".join(done) == "aabb" * 3
+    done.clear()
+    cost.compare(runs, "a", repeats=3, warm_up=False, settle=["b"])
+    assert "".join(done) == "abb" * 3
 
 
 def test_compare_names_what_is_wrong():

@@ -1,6 +1,7 @@
 """The `recompute` backend: the definition's numbers and gradients, kept memory, and the company it must work in."""
 
 import contextlib
+import gc
 import subprocess
 import sys
 import warnings
@@ -338,3 +339,28 @@ def test_auto_falls_back_on_a_gpu_and_says_so_once():
             assert choose_backend("auto", basis, torch.zeros(1, 1, 5, 16), torch.zeros(1, 2, 5, 3)) == "recompute"
     assert len(said) == 1 and "takes 'recompute', not 'triton': its kernels compute the Fourier" in str(said[0].message)
     assert choose_backend("auto", kl.make_basis("dog"), on_a_gpu, torch.zeros(1, 2, 5, 3)) == "contraction"
+
+
+@pytest.mark.parametrize("name", ["fourier", "rbf"])
+def test_nothing_stays_behind(name):
+    """Scratch is free as soon as a pass is over, not when Python next looks for circles: layers would add up."""
+    basis = kl.make_basis(name, 2)
+    tensors = draw(2, 3, 7, 4, 5, basis)
+
+    def alive():
+        return sum(type(x) is torch.Tensor for x in gc.get_objects())
+
+    def once():
+        value_and_gradients(tensors, basis, "recompute")
+        with torch.no_grad():
+            karat_attention(*tensors[:3], basis, *tensors[3:], backend="recompute")
+
+    once()
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        once()
+        assert alive() == before
+    finally:
+        gc.enable()

@@ -13,7 +13,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 import torch
@@ -184,18 +184,19 @@ def compare(
     repeats: int = 10,
     seconds: float = float("inf"),
     warm_up: bool = True,
-    settle: bool = False,
+    settle: bool | Collection = False,
 ) -> dict[str, Timing]:
     """Time several ways of doing a thing in turns, so that what disturbs the machine disturbs all of them.
 
     Each round runs every one once, after one round to warm up (`warm_up=False`: the caller has done that); there are at
     most `repeats` rounds, and no new one begins after `seconds` (three are made in any case). `ratio` is the median of
-    the rounds' time over `baseline`'s. settle: every timed run comes right after an untimed one of the same way and
-    finds memory as it left it itself, as in a training, and not as its rivals did. Raises `ValueError` for a baseline
-    that is no run, or less than three repeats.
+    the rounds' time over `baseline`'s. settle: every timed run (or those whose names it holds) comes right after an
+    untimed one of the same way and finds memory as it left it itself, as in a training, and not as its rivals did.
+    Raises `ValueError` for a baseline that is no run, or less than three repeats.
     """
     one_of("baseline", baseline, runs)
     at_least("repeats", repeats, 3)
+    settled = set(runs if settle is True else settle or ())
     for run in runs.values() if warm_up else ():
         run()
     found: dict[str, list[float]] = {name: [] for name in runs}
@@ -204,7 +205,7 @@ def compare(
         if done >= 3 and time.perf_counter() - started > seconds:
             break
         for name, run in runs.items():
-            if settle:
+            if name in settled:
                 run()
             finish()
             before = time.perf_counter()

@@ -149,11 +149,14 @@ class Model(Rival):
         with torch.autocast(self.images.device.type, dtype=dtype, enabled=dtype != torch.float32):
             return self.model(self.images)
 
+    def gradients(self) -> None:
+        """Forward and backward pass, of the cross-entropy."""
+        self.optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(self.forward().float(), self.labels).backward()
+
     def learn(self) -> None:
         """A training step: forward and backward pass, AdamW."""
-        loss = F.cross_entropy(self.forward().float(), self.labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.gradients()
         self.optimizer.step()
 
 

@@ -125,10 +125,11 @@ class _Blocks:
         self.all_images, self.images = images, _even(images, planes) if images else 1
         self.heads = min(heads, planes // self.images) if self.images == images else 1
         size = self.heads * self.images * some_rows * some_keys
-        self.depth, self.buffers = depth, [q.new_empty(size * depth), q.new_empty(size), q.new_empty(size)]
+        self.depth, buffers = depth, [q.new_empty(size * depth), q.new_empty(size), q.new_empty(size)]
         # In order: what starts at the first key is the first sum for its rows, and the other way round.
         self.cuts = list(itertools.product(_tiles(rows, some_rows), _tiles(keys, some_keys)))
-        self.scratch = functools.cache(self._scratch)  # most blocks are of one shape
+        # Most blocks are of one shape. A cached method would hold this object, and all its memory, in a circle.
+        self.scratch = functools.cache(functools.partial(_scratch, buffers, depth))
 
     def planes(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """What each block has of each tensor: (P, ...) of (h, B, ...), and (heads, ...) of (h, 1, ...).
@@ -150,10 +151,11 @@ class _Blocks:
         for rows, keys in self.cuts:
             yield rows, keys, self.scratch(planes, rows.length, keys.length)
 
-    def _scratch(self, planes: int, m: int, n: int) -> _Scratch:
-        shapes = (planes, self.depth, n, m), (planes, n, m), (planes, n, m)
-        maps, scores, other = (x[: math.prod(shape)].view(shape) for x, shape in zip(self.buffers, shapes, strict=True))
-        return _Scratch(maps, maps.unbind(1), scores, other)
+
+def _scratch(buffers: list[Tensor], depth: int, planes: int, m: int, n: int) -> _Scratch:
+    shapes = (planes, depth, n, m), (planes, n, m), (planes, n, m)
+    maps, scores, other = (x[: math.prod(shape)].view(shape) for x, shape in zip(buffers, shapes, strict=True))
+    return _Scratch(maps, maps.unbind(1), scores, other)
 
 
 def _even(size: int, most: int) -> int:
