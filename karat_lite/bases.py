@@ -171,9 +171,8 @@ class Basis:
             return
         alike = type(self)._good
         if not (self.name and self.key in alike):
-            with torch.autograd.graph.saved_tensors_hooks(
-                lambda x: x, lambda x: x
-            ):  # who counts what is kept counts on
+            # Hooks of its own: who counts meanwhile what is kept does not count what is only looked at.
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
                 self._check()
             alike.add(self.key)
         self._checked = True

@@ -139,3 +139,13 @@ def test_another_default_device_changes_nothing_on_this_one():
         after = {name: look() for name, look in looks.items()}
     for name, value in before.items():
         assert np.array_equal(np.asarray(value), np.asarray(after[name])), name
+
+
+def test_what_takes_gradients_says_where_none_are_to_be_had():
+    model, (images, labels) = tiny("softmax", depth=1).eval(), batch(4)
+    looks = [lambda: class_token_maps(model, images), lambda: hessian_spectrum(model, images, labels, 1)]
+    for look in looks:
+        with torch.inference_mode(), pytest.raises(ValueError, match=r"inference_mode\(\) allows none: take torch.no_grad"):
+            look()
+        with torch.no_grad():
+            look()

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..checks import at_least
 from ..operators import KArAtOperator
 from .directions import Directions, check_finite, filter_norms, weights_of
+from .inputs import slopes_wanted
 from .landscape import check_batch
 
 BACKEND = "contraction"  # what can be differentiated twice; "recompute" and the fused kernels cannot
@@ -53,8 +54,9 @@ def hessian_product(
     filter that a number belongs to, `filter_norms`): curvature where steps are counted as shares of weights, which
     does not change when a layer is multiplied by c and the next one divided by it. A copy of the model is
     differentiated, with attention in a form that has second derivatives. Raises `ValueError` for weights that are not
-    finite, and for images or labels that do not fit.
+    finite, for images or labels that do not fit, and inside `torch.inference_mode`.
     """
+    slopes_wanted()
     check_finite(weights_of(model))
     images, labels = check_batch(model, images, labels)
     model = copy.deepcopy(model).requires_grad_(True)

@@ -40,6 +40,12 @@ def steady(model: torch.nn.Module) -> None:
             raise ValueError(f"{name} drops numbers at random while the model trains: call model.eval() before.")
 
 
+def slopes_wanted() -> None:
+    """Raise `ValueError` inside `torch.inference_mode`, where nothing can be differentiated, not even on request."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("gradients are taken here, and torch.inference_mode() allows none: take torch.no_grad().")
+
+
 def whole_numbers(values: Tensor) -> bool:
     """Whether a tensor's type is one of whole numbers; True and False are none."""
     return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)

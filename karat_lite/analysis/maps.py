@@ -29,7 +29,7 @@ from ..data import normalise, read_image, to_square
 from ..functional import attention_scores
 from ..not_finite import first_not_finite
 from ..vit import VisionTransformer
-from .inputs import checked, steady, whole_numbers
+from .inputs import checked, slopes_wanted, steady, whole_numbers
 
 KINDS = ("scores", "attention", "dominant", "added", "rollout", "direct", "regions")
 SIGNS = ("signed", "absolute")
@@ -124,14 +124,15 @@ def class_token_maps(
         target: (B,) class that effects and pushes are about; by default the class that the model predicts.
         batch_size: images at a time, at most; fewer where the model is large.
 
-    Raises `ValueError` for images of another size or not finite, a target that is no class, and weights that are not
-    finite, by name.
+    Raises `ValueError` for images of another size or not finite, a target that is no class, weights that are not
+    finite, by name, and inside `torch.inference_mode`: effects are gradients.
     """
     classes, tokens, dim = model.head.out_features, *model.pos_embed.shape[1:]
     one = tokens * max(dim * len(model.blocks), tokens * model.blocks[0].attn.num_heads)  # numbers of one image
     at_once = max(1, min(at_least("batch_size", batch_size, 1), AT_ONCE // one))
     checked(model, images)
     steady(model)
+    slopes_wanted()
     if target is not None:
         given, target = target, target.long()
         fits = target.shape == images.shape[:1] and whole_numbers(given)
