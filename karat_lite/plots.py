@@ -63,7 +63,7 @@ def training_curves(histories: Mapping[str, History | Sequence[Mapping]]) -> Fig
     loss.set_ylim(bottom=0)
     for axes, label in ((loss, "cross-entropy (nats)"), (accuracy, "test accuracy (%)")):
         label_axes(axes, "epoch", label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         legend(axes, loc="best")
     return figure
 

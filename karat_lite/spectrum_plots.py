@@ -269,6 +269,7 @@ def head_through_training(
     least = 0.5 / (statistics.count * np.diff(histograms.edges)[0])  # half a weight in a bin
     density.set(yscale="log", ylim=(least, 8 * histograms.density.max()))  # above, a line for the legend
     _log_axis(density)
+    density.xaxis.set_major_locator(MaxNLocator(5))  # such numbers are wide
     said = f"std {statistics.std[snapshot]:.3g}, beyond 4 std {100 * statistics.beyond4[snapshot]:.2g} %"
     density.set_title(f"{kind}: {said}", fontsize=10, color=INK, loc="left")
     legend(density, loc="upper right", ncols=2)

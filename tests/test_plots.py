@@ -143,6 +143,13 @@ def test_costs_are_compared_with_the_first_row():
     assert "2.5" in texts(ratios) and "(2.5x)" not in texts(ratios), "times 1 need not be said"
 
 
+def test_one_epoch_is_a_whole_number():
+    figure = plots.training_curves({"softmax": history(0.5)})
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+
+
 def test_roofline_draws_the_limits_and_names_every_point():
     (axes,) = plots.roofline(POINTS, 180e9, 30e9).axes
     roof, *dots = axes.lines
