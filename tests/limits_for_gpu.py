@@ -39,7 +39,9 @@ H200 = {
     "special": 16,  # numbers a clock: CUDA C++ Programming Guide, arithmetic instructions, compute capability 9.0
     "clock": 1.83e9,  # at which 132 x 4,096 operations a clock are the data sheet's flops
 }
-SPECIAL = ("MUFU", "FRND")  # what the special function units do of that which these kernels hold
+# What the special function units do of that which these kernels hold. MUFU is a sine or cosine; for FRND, a rounding,
+# the guide has no line: it is taken to be as slow.
+SPECIAL = ("MUFU", "FRND")
 
 
 def machine_code(cubin: bytes) -> list[tuple[int, str]]:
