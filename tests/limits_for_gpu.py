@@ -56,9 +56,14 @@ def machine_code(cubin: bytes) -> list[tuple[int, str]]:
 
 def loops(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
     """(first, last) address of each loop, that is of each branch backwards; inner loops first. No waiting in place."""
-    jumps = [(re.search(r"0x[0-9a-f]+", text), at) for at, text in code if text.startswith("BRA")]
-    found = [(int(to[0], 16), at) for to, at in jumps if to and int(to[0], 16) < at]
-    return sorted(found, key=lambda loop: loop[1] - loop[0])
+    jumps = [(_target(text), at) for at, text in code]
+    return sorted(((to, at) for to, at in jumps if to is not None and to < at), key=lambda loop: loop[1] - loop[0])
+
+
+def _target(instruction: str) -> int | None:
+    """The address that a branch goes to; None for whatever is no branch."""
+    to = re.search(r"0x[0-9a-f]+", instruction) if instruction.startswith("BRA") else None
+    return int(to[0], 16) if to else None
 
 
 def weigh(code: list[tuple[int, str]], trips: list[int]) -> dict:
@@ -68,7 +73,7 @@ def weigh(code: list[tuple[int, str]], trips: list[int]) -> dict:
         raise ValueError(f"the kernel has {len(nested)} loops, expected {len(trips)}: look at its machine code.")
     total = dict.fromkeys(("instructions", "special", "flops"), 0)
     for at, text in code:
-        if text.startswith("NOP") or (text.startswith("BRA") and f"{at:x}" in text):  # behind the end
+        if text.startswith("NOP") or _target(text) == at:  # behind the end
             continue
         times = math.prod(trip for (first, last), trip in zip(nested, trips, strict=True) if first <= at <= last)
         total["instructions"] += times
